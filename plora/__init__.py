@@ -1,0 +1,1 @@
+"""plora: many LoRA configurations trained at once over one frozen base model."""
