@@ -1,0 +1,307 @@
+"""Many LoRA adapters over one frozen model: packing them, routing rows to them, adding and removing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from plora.kernels.dropout import combine, threshold
+from plora.kernels.ops import GradientBuffer
+from plora.kernels.reference import ABSENT, Tables
+from plora.modules.adapter import Adapter, Layout
+from plora.modules.arena import Arena, aligned
+from plora.modules.config import AdapterConfig
+from plora.modules.linear import PackedLoRALinear, Shared
+from plora.modules.targets import Target, find_targets, select
+
+ATTRIBUTE = "plora"
+
+
+def pack_adapters(
+    model: nn.Module,
+    configs: Sequence[AdapterConfig],
+    *,
+    capacity: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> PackedAdapters:
+    """Freeze ``model`` and give its linear layers many LoRA adapters at once.
+
+    Works on any module whose linear layers are ``nn.Linear`` (or a subclass, as torchtune's NF4
+    linear). The layers are replaced in place; ``packed.unpack()`` puts them back.
+
+    Args:
+        model: a torchtune or Hugging Face model, or any other module.
+        configs: one per adapter; adapter ``i`` takes slot ``i``.
+        capacity: slots in the tables. More can be added later, at the price of recompiling
+            compiled layers once. Default: twice the adapters, at least 8.
+        dtype: what the packed products compute in. Default: that of the model's floating parameters.
+
+    Returns:
+        The pack, also registered as ``model.plora``.
+
+    Raises:
+        ValueError: if the model is packed already or has no linear layer, or a target module is unknown.
+
+    Example:
+        >>> packed = plora.pack_adapters(model, [plora.AdapterConfig(rank=8), plora.AdapterConfig(rank=64)])
+        >>> with packed.route([n_first, n_second]):  # rows of the first adapter, then of the second
+        ...     model(tokens).backward(gradient)
+    """
+    if hasattr(model, ATTRIBUTE):
+        raise ValueError(f"the model is packed already: use model.{ATTRIBUTE}.add(config), or unpack() it first")
+    targets = find_targets(model)
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
+    for config in configs:
+        select(targets, config)
+    model.requires_grad_(False)
+    reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    capacity = max(8, 2 * len(configs)) if capacity is None else max(capacity, len(configs))
+    packed = PackedAdapters(targets, configs, capacity, reference.device, dtype or reference.dtype)
+    packed._wrap(model)
+    model.add_module(ATTRIBUTE, packed)
+    for config in configs:
+        packed.add(config)
+    return packed
+
+
+class PackedAdapters(nn.Module):
+    """The adapters of one model. Made by ``pack_adapters``."""
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        configs: Sequence[AdapterConfig],
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.targets = list(targets)
+        numel = sum(aligned(Layout.of(select(self.targets, config), config.rank).numel) for config in configs)
+        self.arena = Arena(max(numel, aligned(1)), device, dtype)
+        self._offsets = _empty_offsets(self.targets, capacity)
+        # In a list, because the layers belong to the model and must not be registered here again.
+        self._linears: list[PackedLoRALinear] = []
+        self._routes = 0
+        self._version = -1
+        self._shared = Shared(
+            anchor=torch.zeros(1, device=device, requires_grad=True),
+            weight=self.arena.shadow,
+            gradients=GradientBuffer(self.arena.grad),
+            routed=torch.zeros(1, dtype=torch.bool),
+            tables=Tables.empty(capacity),
+            token_index=torch.zeros(0, dtype=torch.int32, device=device),
+            max_rank=max((config.rank for config in configs), default=1),
+        )
+
+    @property
+    def adapters(self) -> dict[int, Adapter]:
+        """The live adapters by slot, ascending."""
+        return {adapter.slot: adapter for adapter in self.children() if isinstance(adapter, Adapter)}
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots in use, ascending."""
+        return list(self.adapters)
+
+    @property
+    def capacity(self) -> int:
+        """Slots in the tables."""
+        return len(self._shared.tables.rank)
+
+    def add(self, config: AdapterConfig) -> int:
+        """Add a freshly initialised adapter and return its slot.
+
+        Raises:
+            ValueError: if it names an unknown target module.
+        """
+        targets = select(self.targets, config)
+        taken = set(self.slots)
+        slot = next((i for i in range(self.capacity) if i not in taken), self.capacity)
+        if slot == self.capacity:
+            self._grow_tables()
+        numel = self.arena.numel
+        adapter = Adapter(slot, config, targets, self.arena)
+        self._insert(adapter)
+        tables = self._shared.tables
+        tables.rank[slot], tables.scale[slot] = config.rank, config.scale
+        tables.limit[slot] = threshold(config.dropout)
+        for row, target in zip(self._offsets, self.targets, strict=True):
+            if target.path in adapter.layout.a:
+                row[slot] = adapter.start + adapter.layout.a[target.path].start
+                row[self.capacity + slot] = adapter.start + adapter.layout.b[target.path].start
+        self._shared.max_rank = max(self._shared.max_rank, config.rank)
+        self.arena.refresh()
+        if self.arena.numel != numel:
+            self._bind()
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Drop the adapter in ``slot``; its memory and slot are free for the next.
+
+        Raises:
+            KeyError: if the slot is empty.
+        """
+        adapter = self.adapters[slot]
+        self._offsets[:, slot] = ABSENT
+        self._offsets[:, self.capacity + slot] = ABSENT
+        self._shared.tables.rank[slot] = 0
+        del self._modules[f"adapter_{slot}"]
+        self.arena.release(adapter.start, adapter.layout.numel)
+
+    @contextmanager
+    def route(
+        self,
+        tokens_per_adapter: Sequence[int] | Mapping[int, int],
+        *,
+        base_tokens: int = 0,
+        token_index: torch.Tensor | None = None,
+        steps: Mapping[int, int] | None = None,
+        dropout: bool | None = None,
+    ) -> Iterator[None]:
+        """Say which rows of the flattened input belong to which adapter, for the forwards inside.
+
+        Backward may come after the context, but before the next ``route``; it refuses otherwise.
+
+        Args:
+            tokens_per_adapter: rows of each slot, as a list from slot 0 on or by slot. Rows are in
+                order of the slots; any length is fine, zero too.
+            base_tokens: rows after those of the adapters, which see the base alone.
+            token_index: int32 ``[T]``, the index of each row within its adapter's own batch, which
+                keys its dropout mask. Default: rows counted from the adapter's first one.
+            steps: the step of each slot, which keys its dropout mask. Default: a count of routes.
+            dropout: whether dropout is on. Default: whether the model is in training mode.
+
+        Raises:
+            ValueError: if a row count is negative, or not zero for an empty slot.
+        """
+        counts = self._counts(tokens_per_adapter, base_tokens)
+        shared, tables = self._shared, self._shared.tables
+        tables.rows[1:] = torch.tensor([*counts, base_tokens]).cumsum(0)
+        self._set_dropout(self.training if dropout is None else dropout, steps)
+        shared.token_index = self._token_index(counts, base_tokens, token_index)
+        for adapter in self.adapters.values():
+            adapter.attach_gradients()
+        if self._weights_version() != self._version:
+            self.refresh()
+        shared.routed.fill_(True)
+        try:
+            yield
+        finally:
+            shared.routed.fill_(False)
+
+    def refresh(self) -> None:
+        """Bring the compute-dtype copy of the weights up to date.
+
+        ``route`` does it where torch has seen the change; after writing to ``arena.weight`` call it.
+        """
+        self.arena.refresh()
+        self._version = self._weights_version()
+
+    def zero_grad_(self) -> None:
+        """Zero every adapter's gradient."""
+        self.arena.grad.zero_()
+
+    def unpack(self, model: nn.Module) -> None:
+        """Put the frozen linear layers back into ``model`` and drop the adapters."""
+        for target, linear in zip(self.targets, self._linears, strict=True):
+            model.set_submodule(target.path, linear.base)
+        delattr(model, ATTRIBUTE)
+
+    def _wrap(self, model: nn.Module) -> None:
+        for target, offsets in zip(self.targets, self._offsets, strict=True):
+            linear = PackedLoRALinear(model.get_submodule(target.path), offsets, self._shared)
+            self._linears.append(linear)
+            model.set_submodule(target.path, linear)
+
+    def _counts(self, tokens: Sequence[int] | Mapping[int, int], base_tokens: int) -> list[int]:
+        by_slot = dict(tokens) if isinstance(tokens, Mapping) else dict(enumerate(tokens))
+        taken = set(self.slots)
+        for slot, count in by_slot.items():
+            if count < 0 or (count and slot not in taken):
+                reason = "must not be negative" if count < 0 else "has no adapter"
+                raise ValueError(f"slot {slot} {reason}: route() got {count} tokens for it; slots in use: {self.slots}")
+        if base_tokens < 0:
+            raise ValueError(f"base_tokens must not be negative, got {base_tokens}")
+        return [by_slot.get(slot, 0) for slot in range(self.capacity)]
+
+    def _set_dropout(self, active: bool, steps: Mapping[int, int] | None) -> None:
+        tables = self._shared.tables
+        self._routes += 1
+        for slot, adapter in self.adapters.items():
+            limit = threshold(adapter.config.dropout) if active else 0
+            tables.limit[slot] = limit
+            if limit:
+                step = self._routes if steps is None else steps.get(slot, 0)
+                tables.key[slot] = combine(adapter.config.seed, step)
+
+    def _token_index(self, counts: list[int], base_tokens: int, given: torch.Tensor | None) -> torch.Tensor:
+        total = sum(counts) + base_tokens
+        if given is None:
+            given = torch.cat([torch.arange(count) for count in (*counts, base_tokens)])
+        if given.shape != (total,):
+            raise ValueError(f"token_index must have shape [{total}], one entry a row, got {list(given.shape)}")
+        return given.to(self.arena.device, torch.int32, non_blocking=True)
+
+    def _weights_version(self) -> int:
+        versions = (adapter.A._version + adapter.B._version for adapter in self.adapters.values())
+        return self.arena.weight._version + sum(versions)
+
+    def _insert(self, adapter: Adapter) -> None:
+        """Register an adapter so that iteration stays in order of the slots."""
+        ordered = sorted([*self.adapters.values(), adapter], key=lambda each: each.slot)
+        for each in ordered:
+            self._modules.pop(f"adapter_{each.slot}", None)
+        for each in ordered:
+            self.add_module(f"adapter_{each.slot}", each)
+
+    def _grow_tables(self) -> None:
+        old, old_capacity = self._shared.tables, self.capacity
+        grown = Tables.empty(2 * old_capacity)
+        for name in ("rank", "scale", "limit", "key"):
+            getattr(grown, name)[:old_capacity] = getattr(old, name)
+        offsets = _empty_offsets(self.targets, 2 * old_capacity)
+        offsets[:, :old_capacity] = self._offsets[:, :old_capacity]
+        offsets[:, 2 * old_capacity : 3 * old_capacity] = self._offsets[:, old_capacity:-1]
+        self._offsets, self._shared.tables = offsets, grown
+        self._bind()
+
+    def _bind(self) -> None:
+        """Hand the layers and adapters the tensors they read, after any of them was replaced."""
+        self._shared.weight, self._shared.gradients.tensor = self.arena.shadow, self.arena.grad
+        for linear, offsets in zip(self._linears, self._offsets, strict=True):
+            linear.offsets, linear.shared = offsets, self._shared
+        for adapter in self.adapters.values():
+            adapter.tie()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedAdapters:
+        # The adapters' parameters are views of the arena, so the arena moves and they are tied
+        # again. A cast changes what is computed in; the weights themselves stay fp32.
+        probe = fn(torch.empty(0, device=self.arena.device, dtype=self.arena.dtype))
+        self.arena.move(probe.device, probe.dtype)
+        shared = self._shared
+        shared.anchor = shared.anchor.detach().to(probe.device).requires_grad_()
+        shared.token_index = shared.token_index.to(probe.device)
+        self._bind()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedAdapters:
+        import copy
+
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        clone._bind()
+        return clone
+
+
+def _empty_offsets(targets: Sequence[Target], capacity: int) -> torch.Tensor:
+    """int64 ``[targets, 2 capacity + 1]``: no adapter anywhere, and the key of each layer's input."""
+    offsets = torch.full((len(targets), 2 * capacity + 1), ABSENT, dtype=torch.int64)
+    offsets[:, -1] = torch.tensor([combine(*target.input_group.encode()) for target in targets])
+    return offsets

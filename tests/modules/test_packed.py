@@ -1,0 +1,328 @@
+"""pack_adapters: the packed model equals each adapter's own model, however it is run or changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from plora.modules import AdapterConfig, pack_adapters
+from tests.modules.toy import Toy, loss, randomise, tokens
+
+CONFIGS = [
+    AdapterConfig(rank=4, dropout=0.3, seed=1),
+    AdapterConfig(rank=7, alpha=3, target_modules=("q_proj", "down_proj"), seed=2),
+    AdapterConfig(rank=2, alpha=8, rslora=True, seed=3),
+]
+COUNTS = [5, 3, 4]
+
+
+def packed_toy(configs=CONFIGS, **options):
+    model = Toy()
+    packed = pack_adapters(model, configs, **options)
+    randomise(packed)
+    return model, packed
+
+
+def step(model, counts=COUNTS, **options):
+    """Logits and every adapter's gradient by layer, of one forward and backward."""
+    packed = model.get_submodule("plora") if isinstance(model, nn.Module) else model
+    packed.zero_grad_()
+    with packed.route(counts, steps=dict.fromkeys(packed.slots, 5), **options):
+        logits = model(tokens(sum(counts)))
+        loss(logits).backward()
+    grads = {s: {k: (a.clone(), b.clone()) for k, (a, b) in ad.factors(packed.arena.grad).items()}
+             for s, ad in packed.adapters.items()}
+    return logits.detach(), grads
+
+
+def assert_same(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
+    assert got[1].keys() == expected[1].keys()
+    for slot, layers in expected[1].items():
+        for path, pair in layers.items():
+            for mine, theirs in zip(got[1][slot][path], pair, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+def merged(adapter) -> Toy:
+    """The toy with one adapter's product as an ordinary differentiable weight."""
+    model = Toy()
+    model.requires_grad_(False)
+    for path, (a, b) in adapter.factors().items():
+        linear = model.get_submodule(path)
+        linear.a, linear.b = a.clone().requires_grad_(), b.clone().requires_grad_()
+        delta = adapter.config.scale
+        linear.forward = lambda x, m=linear, s=delta: nn.functional.linear(x, m.weight, m.bias) + s * (x @ m.a.T @ m.b.T)
+    return model
+
+
+def test_rows_follow_their_own_adapter():
+    model, packed = packed_toy()
+    logits, grads = step(model, dropout=False)
+    everything, start = tokens(sum(COUNTS)), 0
+    weight = torch.linspace(0.5, 1, logits.numel()).view_as(logits)
+    for slot, count in enumerate(COUNTS):
+        rows = slice(start, start + count)
+        alone = merged(packed.adapters[slot])
+        expected = alone(everything[rows])
+        torch.testing.assert_close(logits[rows], expected, rtol=1e-5, atol=1e-5)
+        (expected.sin() * weight[rows]).sum().backward()
+        for path, (da, db) in grads[slot].items():
+            torch.testing.assert_close(da, alone.get_submodule(path).a.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(db, alone.get_submodule(path).b.grad, rtol=1e-4, atol=1e-5)
+        start += count
+
+
+def test_layer_zero_over_a_frozen_embedding_gets_gradients():
+    model, packed = packed_toy()
+    _, grads = step(model)
+    assert all(a.abs().sum() > 0 and b.abs().sum() > 0 for a, b in grads[0].values())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["per layer", "whole"])
+def test_compiled_equals_eager_for_any_lengths(whole):
+    model, _ = packed_toy()
+    compiled = copy.deepcopy(model)
+    if whole:
+        compiled.compile(fullgraph=True, dynamic=True)
+    else:
+        for layer in compiled.layers:
+            layer.compile(fullgraph=True, dynamic=True)
+    for counts in (COUNTS, [6, 0, 2], [1, 9, 3]):
+        assert_same(step(compiled, counts), step(model, counts))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layer, reentrant):
+        super().__init__()
+        self.layer, self.reentrant = layer, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+def checkpointed(model, reentrant):
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = Checkpointed(layer, reentrant)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing(compiled):
+    model, _ = packed_toy()
+    other = checkpointed(copy.deepcopy(model), reentrant=False)
+    if compiled:
+        other.compile(dynamic=True)
+    expected, got = step(model), step(other)
+    renamed = {s: {k.replace(".layer.", "."): v for k, v in layers.items()} for s, layers in got[1].items()}
+    assert_same((got[0], renamed), expected)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model, packed = packed_toy()
+    checkpointed(model, reentrant=True)
+    with packed.route(COUNTS):
+        x = model.embed_tokens(tokens(sum(COUNTS))).requires_grad_()
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            model.layers[0](x).sum().backward()
+
+
+def test_base_rows_see_the_base_alone():
+    model, packed = packed_toy()
+    with packed.route([2, 0, 0], base_tokens=3), torch.no_grad():
+        logits = model(tokens(5))
+    base = Toy()(tokens(5))
+    torch.testing.assert_close(logits[2:], base[2:], rtol=0, atol=0)
+    assert not torch.allclose(logits[:2], base[:2])
+
+
+def test_values_of_one_adapter_change_no_bit_of_another():
+    model, packed = packed_toy()
+    logits, grads = step(model)
+    with torch.no_grad():
+        packed.adapters[1].A.fill_(float("nan"))
+    poisoned_logits, poisoned = step(model)
+    assert poisoned_logits[5:8].isnan().all()
+    keep = [0, 1, 2, 3, 4, 8, 9, 10, 11]
+    assert torch.equal(poisoned_logits[keep], logits[keep])
+    for slot in (0, 2):
+        for path, pair in grads[slot].items():
+            assert all(torch.equal(x, y) for x, y in zip(pair, poisoned[slot][path], strict=True))
+
+
+def test_dropout_does_not_depend_on_the_pack():
+    model, packed = packed_toy()
+    logits, grads = step(model)
+    alone_model = Toy()
+    alone = pack_adapters(alone_model, CONFIGS[:1])
+    alone.adapters[0].load_factors(packed.adapters[0].factors())
+    alone_logits, _ = step(alone_model, COUNTS[:1])
+    torch.testing.assert_close(logits[:5], alone_logits, rtol=1e-6, atol=1e-6)
+    undropped, _ = step(model, dropout=False)
+    assert not torch.allclose(undropped[:5], logits[:5])
+    torch.testing.assert_close(undropped[5:], logits[5:], rtol=0, atol=0)
+
+
+def test_eval_mode_switches_dropout_off():
+    model, packed = packed_toy()
+    model.eval()
+    with packed.route(COUNTS):
+        first = model(tokens(12))
+    with packed.route(COUNTS, dropout=False):
+        torch.testing.assert_close(first, model(tokens(12)), rtol=0, atol=0)
+
+
+def test_initialisation_depends_on_the_seed_alone():
+    _, packed = packed_toy()
+    _, other = packed_toy([CONFIGS[2], CONFIGS[0]])
+    for path, (a, _) in packed.adapters[0].factors().items():
+        assert torch.equal(a, other.adapters[1].factors()[path][0])
+        assert a.abs().max() <= 1 / a.shape[1] ** 0.5
+
+
+def test_torch_optimizers_and_zero_grad():
+    model, packed = packed_toy()
+    optimizers = {s: torch.optim.AdamW(a.parameters(), lr=0.01 * (s + 1)) for s, a in packed.adapters.items()}
+    _, first = step(model)
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad()  # sets .grad to None
+    packed.arena.grad.fill_(7.0)  # must not leak into the next step
+    with packed.route(COUNTS, steps=dict.fromkeys(packed.slots, 5)):
+        loss(model(tokens(12))).backward()
+    again = {s: {k: (a.clone(), b.clone()) for k, (a, b) in ad.factors(packed.arena.grad).items()}
+             for s, ad in packed.adapters.items()}
+    assert_same((torch.zeros(1), again), (torch.zeros(1), step(model)[1]))
+    assert not torch.allclose(again[0]["layers.0.q_proj"][0], first[0]["layers.0.q_proj"][0])
+
+
+def test_add_and_remove_leave_the_others_alone():
+    model, packed = packed_toy()
+    expected, _ = step(model, dropout=False)
+    slots = [packed.add(AdapterConfig(rank=rank, seed=rank)) for rank in (64, 1, 16)]
+    assert slots == [3, 4, 5]
+    packed.remove(1)
+    packed.remove(4)
+    assert packed.slots == [0, 2, 3, 5]
+    assert packed.add(CONFIGS[1]) == 1
+    assert packed.slots == [0, 1, 2, 3, 5]
+    got, _ = step(model, [5, 3, 4, 0, 0, 2], dropout=False)
+    for rows in (slice(0, 5), slice(8, 12)):
+        torch.testing.assert_close(got[rows], expected[rows], rtol=1e-6, atol=1e-6)
+
+
+def test_removed_memory_is_reused_and_clean():
+    _, packed = packed_toy()
+    numel = packed.arena.numel
+    moments = packed.arena.attach("exp_avg")
+    moments.fill_(3.0)
+    for _ in range(100):
+        packed.remove(1)
+        packed.add(CONFIGS[1])
+    assert packed.arena.numel == numel
+    assert moments[packed.adapters[1].range].abs().sum() == 0
+    assert moments[packed.adapters[0].range].min() == 3.0
+
+
+def test_tables_grow_beyond_capacity():
+    model, packed = packed_toy(capacity=3)
+    expected, _ = step(model)
+    assert [packed.add(AdapterConfig(rank=1, seed=i)) for i in range(40)] == list(range(3, 43))
+    logits, _ = step(model)
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_cast_and_copy():
+    model, packed = packed_toy()
+    other = copy.deepcopy(model).to(torch.bfloat16)
+    assert other.plora.arena.weight.dtype == torch.float32
+    assert other.plora.arena.weight.data_ptr() != packed.arena.weight.data_ptr()
+    with torch.no_grad():
+        other.plora.adapters[0].A.add_(1.0)  # as an optimizer does; route() must see it
+    with other.plora.route(COUNTS, dropout=False):
+        logits = other(tokens(12))
+        logits.float().sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(other.plora.arena.shadow, other.plora.arena.weight.bfloat16())
+    assert packed.arena.grad.abs().sum() == 0 and other.plora.arena.grad.abs().sum() > 0
+
+
+def test_bf16_is_as_close_as_bf16_can_be():
+    model, packed = packed_toy()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    expected, expected_grads = step(model, dropout=False)
+    half.plora.zero_grad_()
+    with half.plora.route(COUNTS, dropout=False):
+        logits = half(tokens(12))
+        loss(logits.float()).backward()
+    assert (logits.float() - expected).norm() / expected.norm() < 0.02
+    for path, (a, b) in half.plora.adapters[2].factors(half.plora.arena.grad).items():
+        for mine, theirs in zip((a, b), expected_grads[2][path], strict=True):
+            assert (mine - theirs).norm() / theirs.norm() < 0.05
+
+
+def test_unpack_restores_the_model():
+    model, packed = packed_toy()
+    packed.unpack(model)
+    assert not any("plora" in name or "base" in name for name, _ in model.named_modules())
+    torch.testing.assert_close(model(tokens(4)), Toy()(tokens(4)), rtol=0, atol=0)
+    pack_adapters(model, CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "message"),
+    [
+        ([1, 2, -1], {}, "negative"),
+        ({9: 1}, {}, "no adapter"),
+        ([1], {"base_tokens": -1}, "base_tokens"),
+        ([1, 1], {"token_index": torch.zeros(3)}, "token_index"),
+    ],
+)
+def test_bad_routes(counts, options, message):
+    _, packed = packed_toy()
+    with pytest.raises(ValueError, match=message), packed.route(counts, **options):
+        pass
+
+
+def test_rows_must_match_the_route():
+    model, packed = packed_toy()
+    with packed.route(COUNTS), pytest.raises(RuntimeError, match="11 rows but route"):
+        model(tokens(11))
+    with pytest.raises(RuntimeError, match="outside of"):
+        model(tokens(12))
+
+
+def test_backward_after_the_next_route_is_refused():
+    model, packed = packed_toy()
+    with packed.route(COUNTS):
+        logits = model(tokens(12))
+    with packed.route([4, 4, 4]):
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("q_pro", "did you mean 'q_proj'"), ("lm_head", "output head"), ("embed_tokens", "embedding")]
+)
+def test_unknown_targets(name, message):
+    with pytest.raises(ValueError, match=message):
+        pack_adapters(Toy(), [AdapterConfig(target_modules=(name,))])
+
+
+def test_packing_twice_is_refused():
+    model, _ = packed_toy()
+    with pytest.raises(ValueError, match="packed already"):
+        pack_adapters(model, CONFIGS)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"rank": 0}, {"rank": 257}, {"rank": 2.5}, {"alpha": 0}, {"dropout": 1.0}, {"target_modules": ()}]
+)
+def test_bad_settings_name_the_value(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        AdapterConfig(**bad)
