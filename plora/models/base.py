@@ -1,0 +1,176 @@
+"""A frozen base model as training sees it, whichever library built it.
+
+Shapes: ``T`` packed tokens, ``D`` model width, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from plora.models.attention import PackedSequences
+from plora.models.cache import Decode, Prefill
+from plora.models.spec import ModelError, ModelSpec
+
+Sequences = PackedSequences | Prefill | Decode
+
+
+class BaseModel(ABC):
+    """A frozen causal language model that runs on packed tokens.
+
+    Args:
+        module: what `pack_adapters` packs.
+        spec: its shape.
+        config: the content of its config.json.
+        folder: the local checkpoint, None for random weights.
+    """
+
+    def __init__(self, module: nn.Module, spec: ModelSpec, config: Mapping[str, Any], folder: Path | None) -> None:
+        self.module = module.requires_grad_(False).eval()
+        self.spec = spec
+        self.config = dict(config)
+        self.folder = folder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Embedding:
+        """The token embeddings."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+
+    @property
+    @abstractmethod
+    def head_path(self) -> str | None:
+        """Path of the output head within `module`, None where it is no module of its own."""
+
+    @abstractmethod
+    def run_layers(self, embedded: torch.Tensor, positions: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """Decoder layers and final norm: ``[1, T, D]`` and positions ``[1, T]`` to ``[1, T, D]``."""
+
+    @abstractmethod
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output head, with whatever the family does to logits: ``[..., D]`` to ``[..., V]``."""
+
+    @abstractmethod
+    def hf_name(self, module_path: str) -> str:
+        """``"layers.0.attn.q_proj"`` to the module's name in the Hugging Face model.
+
+        Raises:
+            ModelError: if the path is not one of this model's.
+        """
+
+    @abstractmethod
+    def export_rows(self, module_path: str) -> torch.Tensor | None:
+        """Row order ``p`` with ``B_hf = B_ours[p]`` for the module's output, None where they agree."""
+
+    def hidden_states(self, tokens: torch.Tensor, positions: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """Runs packed tokens up to and including the final norm.
+
+        Where gradients are enabled the embeddings are made a leaf that requires them: without it autograd
+        (and the compiler) would drop the first layer's backward, where adapters collect their gradients.
+
+        Args:
+            tokens: int64 ``[T]``.
+            positions: int64 ``[T]``, place of each token in its sequence.
+            sequences: where sequences begin and end, or a view of a `KVCache`.
+
+        Returns:
+            ``[T, D]``.
+
+        Raises:
+            ModelError: if a sequence is longer than the model can represent exactly.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_length(sequences.longest)
+        embedded = self.embedding(tokens[None])
+        if torch.is_grad_enabled() and not embedded.requires_grad:
+            embedded.requires_grad_()
+        if isinstance(sequences, PackedSequences):
+            return self.run_layers(embedded, positions[None], sequences)[0]
+        # The cache is updated in place and grows by one each time: nothing a compiled graph could keep.
+        with torch.compiler.set_stance("force_eager"):
+            hidden = self.run_layers(embedded, positions[None], sequences)[0]
+        sequences.finish()
+        return hidden
+
+    def _check_length(self, longest: int) -> None:
+        if longest > self.spec.max_positions:
+            raise ModelError(
+                f"a sequence of {longest} tokens exceeds the {self.spec.max_positions} positions of "
+                f"{self.spec.name}: lower max_seq_len or max_new_tokens"
+            )
+        if self.spec.sliding_window is not None and longest > self.spec.sliding_window:
+            raise ModelError(
+                f"{self.spec.name} attends within a window of {self.spec.sliding_window} tokens, which packed "
+                f"attention does not do; a sequence of {longest} tokens would differ: lower max_seq_len"
+            )
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recomputes each decoder layer in backward (non-reentrant checkpoints) instead of keeping its activations."""
+        for layer in self.layers:
+            kind = type(layer)
+            if enabled and not issubclass(kind, _Recomputed):
+                layer.__class__ = _recomputed(kind)
+            elif not enabled and issubclass(kind, _Recomputed):
+                layer.__class__ = kind.__mro__[2]
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether decoder layers are recomputed in backward."""
+        return all(isinstance(layer, _Recomputed) for layer in self.layers)
+
+    def compile_layers(
+        self, *, dynamic: bool | None = True, fullgraph: bool = False, backend: str = "inductor"
+    ) -> None:
+        """Compiles each decoder layer in place; equal layers share one compiled graph.
+
+        Call it after `pack_adapters` and `set_activation_checkpointing`. Generation stays eager.
+
+        Args:
+            dynamic: as `torch.compile`'s; True so that microbatches of other sizes compile nothing anew.
+            fullgraph: raise where a layer does not compile into one graph.
+            backend: as `torch.compile`'s.
+        """
+        for layer in self.layers:
+            layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=backend)
+
+
+class _Recomputed(nn.Module):
+    """A decoder layer whose activations are recomputed in backward.
+
+    The layer's class is exchanged rather than the layer wrapped: parameter and module names stay as they are.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+_RECOMPUTED_KINDS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The checkpointed class of a layer class: one for all layers, so that they share compiled code."""
+    if kind not in _RECOMPUTED_KINDS:
+        _RECOMPUTED_KINDS[kind] = type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
+    return _RECOMPUTED_KINDS[kind]
