@@ -1,0 +1,168 @@
+"""What a job is told and what it tells: settings, records of progress, results, and who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from plora.data.types import Task
+from plora.modules.adapter import Adapter
+from plora.search.trial import Trial
+from plora.training.metrics import Score
+
+VAL_LOSS = "val_loss"
+
+Status = Literal["completed", "diverged"]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A further score of the validation examples, beside their loss.
+
+    Args:
+        name: what the score is called in records and results.
+        score: the scores of several subjects (slots, or ``BASE``) on their tasks.
+        every: measured after each such fraction of a trial's own training; None for the end only.
+    """
+
+    name: str
+    score: Callable[[Mapping[int, Task]], Mapping[int, Score]]
+    every: float | None = None
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """How a job runs its trials; what is trained is the trials' own.
+
+    Args:
+        token_budget: most tokens of a training microbatch, as the memory model chose.
+        eval_token_budget: most tokens of a forward without gradient; the training budget if None.
+        eval_every: validation loss after each such fraction of a trial's own training, and at its
+            end; None for the end only.
+        evaluate_base: whether the base model is evaluated once per data set before training.
+        max_live: trials trained at the same time; the next one enters as one leaves. None for all.
+        patience: steps in a row with a non-finite loss or gradient after which a trial has diverged.
+        compile_loss: fuse the loss with ``torch.compile``; None for where that works and pays.
+    """
+
+    token_budget: int = 8192
+    eval_token_budget: int | None = None
+    eval_every: float | None = 0.1
+    evaluate_base: bool = True
+    max_live: int | None = None
+    patience: int = 3
+    compile_loss: bool | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step of one trial.
+
+    Args:
+        step: steps done, from 1.
+        total: steps of its whole training.
+        loss: mean over the label tokens of its batch, before the update.
+        lr: learning rate of the update (of A, with LoRA+).
+        grad_norm: norm of its gradient before clipping.
+        tokens: tokens of its batch.
+        skipped: whether loss or gradient was not finite, so that nothing was updated.
+    """
+
+    step: int
+    total: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round of the job.
+
+    Args:
+        index: its number, from 1.
+        tokens: real tokens trained on.
+        padded_tokens: tokens computed that belong to no sequence.
+        microbatches: forward and backward passes.
+        seconds: time from the end of the round before, evaluations left out.
+        live: trials that took part.
+        tokens_left: estimate of the tokens still to be trained on in this job, waiting trials included.
+    """
+
+    index: int
+    tokens: int
+    padded_tokens: int
+    microbatches: int
+    seconds: float
+    live: int
+    tokens_left: int
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """Scores of one trial, or of the base, at a point of its training.
+
+    Args:
+        step: steps done; 0 for the base.
+        total: steps of its whole training; 0 for the base.
+        task: name of the data set.
+        scores: by name; ``val_loss`` always.
+    """
+
+    step: int
+    total: int
+    task: str
+    scores: Mapping[str, Score]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended.
+
+    Args:
+        trial: the trial.
+        status: ``completed``, or ``diverged`` after too many non-finite steps in a row.
+        steps: steps done, skipped ones included.
+        total_steps: steps of its whole training.
+        tokens: tokens trained on.
+        seconds: time it was in the pack.
+        train_loss: mean of the last tenth of its finite losses; NaN if there is none.
+        scores: at the end, by name; empty for a diverged trial.
+        evals: all its evaluations, in order.
+    """
+
+    trial: Trial
+    status: Status
+    steps: int
+    total_steps: int
+    tokens: int
+    seconds: float
+    train_loss: float
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    evals: tuple[EvalRecord, ...] = ()
+
+
+class Listener:
+    """What a job tells while it runs; override what you need.
+
+    Called on the training thread. Steps are told one round late, because the job does not wait for
+    the device. What a listener raises stops the job.
+    """
+
+    def on_start(self, trial: Trial, total_steps: int) -> None:
+        """A trial has entered the pack."""
+
+    def on_step(self, trial: Trial, record: StepRecord) -> None:
+        """A trial has made a step."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """All steps of a round have been told."""
+
+    def on_eval(self, trial: Trial | None, record: EvalRecord) -> None:
+        """A trial, or the base model where None, has been evaluated."""
+
+    def on_finish(self, trial: Trial, result: TrialResult, adapter: Adapter) -> None:
+        """A trial has ended; its adapter leaves the pack when this returns."""

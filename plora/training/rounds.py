@@ -1,0 +1,134 @@
+"""The device's share of a round: gradients of whole batches, and the numbers that come back late.
+
+Nothing here waits for the device; `Readback.wait` does, and is called one round later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from plora.data.microbatch import pack
+from plora.data.types import Example, Microbatch
+from plora.models.attention import PackedSequences
+from plora.models.base import BaseModel
+from plora.modules.packed import PackedAdapters
+from plora.training.loss import backward_cross_entropy, chunk_rows
+
+
+def batch_gradients(
+    base: BaseModel,
+    packed: PackedAdapters,
+    batches: Mapping[int, Sequence[Example]],
+    steps: Mapping[int, int],
+    token_budget: int,
+    *,
+    compile_loss: bool = False,
+) -> tuple[torch.Tensor, int]:
+    """Put the gradients of one whole batch per slot into the arena, in place of what was there.
+
+    Args:
+        base: the base model.
+        packed: the adapters on it.
+        batches: the batch of each slot.
+        steps: the step of each slot, which keys its dropout.
+        token_budget: most tokens of a microbatch.
+        compile_loss: see `backward_cross_entropy`.
+
+    Returns:
+        Each slot's mean loss over the label tokens of its batch, fp32 ``[K]``, and the number of microbatches.
+    """
+    packed.zero_grad_()
+    n_labels = {slot: sum(example.n_labels for example in batch) for slot, batch in batches.items()}
+    losses = torch.zeros(packed.capacity, device=base.device)
+    microbatches = pack(batches, token_budget)
+    for microbatch in microbatches:
+        losses += forward_backward(base, packed, microbatch, n_labels, steps, compile_loss=compile_loss)
+    return losses, len(microbatches)
+
+
+def forward_backward(
+    base: BaseModel,
+    packed: PackedAdapters,
+    microbatch: Microbatch,
+    n_labels: Mapping[int, int],
+    steps: Mapping[int, int],
+    *,
+    compile_loss: bool = False,
+) -> torch.Tensor:
+    """Add a microbatch's gradients to the arena and return its share of each slot's loss, fp32 ``[K]``.
+
+    Args:
+        base: the base model.
+        packed: the adapters on it.
+        microbatch: on the host.
+        n_labels: label tokens in each slot's whole batch, by which its losses are divided.
+        steps: the step of each slot, which keys its dropout.
+        compile_loss: see `backward_cross_entropy`.
+    """
+    device, rows = base.device, microbatch.label_rows
+    slots = torch.tensor(list(microbatch.slot_labels)).repeat_interleave(
+        torch.tensor(list(microbatch.slot_labels.values()))
+    )
+    share = torch.zeros(packed.capacity)
+    for slot in microbatch.slot_labels:
+        share[slot] = 1 / n_labels[slot]
+    sequences = PackedSequences.from_lengths(microbatch.lengths, device)
+    index = _send(microbatch.token_index, device)
+    with packed.route(microbatch.slot_tokens, token_index=index, steps=steps, dropout=True):
+        hidden = base.hidden_states(_send(microbatch.tokens, device), _send(microbatch.positions, device), sequences)
+        return backward_cross_entropy(
+            base.logits,
+            hidden,
+            _send(rows, device),
+            _send(microbatch.labels[rows], device),
+            _send(share[slots], device),
+            _send(slots, device),
+            packed.capacity,
+            chunk=chunk_rows(base.spec.vocab_size, device),
+            compiled=compile_loss,
+        )
+
+
+class Readback:
+    """Numbers on their way from the device to the host, behind the work that makes them.
+
+    Make it before that work is queued, hand it the values after, and wait later.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._started = self._mark()
+
+    def send(self, values: torch.Tensor) -> None:
+        """Begin to copy ``values``; does not wait."""
+        if self._is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+        else:
+            self._host = values.clone()
+        self._ended = self._mark()
+
+    def wait(self) -> tuple[list[list[float]], float]:
+        """The values, and the seconds that the device spent from when this was made."""
+        if isinstance(self._started, torch.cuda.Event) and isinstance(self._ended, torch.cuda.Event):
+            self._ended.synchronize()
+            return self._host.tolist(), self._started.elapsed_time(self._ended) / 1000
+        return self._host.tolist(), self._ended - self._started  # type: ignore[operator]
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # From pageable memory the copy would wait for the work that is queued before it.
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
