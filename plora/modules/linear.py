@@ -9,6 +9,7 @@ from torch import nn
 
 from plora.kernels import ops
 from plora.kernels.reference import Tables
+from plora.kernels.schedule import DeviceTables
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Shared:
     gradients: ops.GradientBuffer
     routed: torch.Tensor
     tables: Tables
+    device_tables: DeviceTables | None  # where the CUDA kernels run
     token_index: torch.Tensor
     max_rank: int
 
@@ -34,14 +36,17 @@ class PackedLoRALinear(nn.Module):
     Args:
         base: the frozen linear, of any kind and precision; it is called, never looked into.
         offsets: int64 ``[2 K + 1]``, see ``reference.lora_add``.
+        device_offsets: their copy on the device, where the CUDA kernels run.
         shared: the pack's arena and tables.
     """
 
-    def __init__(self, base: nn.Linear, offsets: torch.Tensor, shared: Shared) -> None:
+    def __init__(
+        self, base: nn.Linear, offsets: torch.Tensor, device_offsets: torch.Tensor | None, shared: Shared
+    ) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.offsets, self.shared = offsets, shared
+        self.offsets, self.device_offsets, self.shared = offsets, device_offsets, shared
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in_features]``, whose leading dimensions flatten to the routed rows, to ``[..., out_features]``."""
@@ -58,10 +63,16 @@ class PackedLoRALinear(nn.Module):
             shared.routed,
             self.offsets,
             shared.tables.as_list(),
+            self._device_tables(),
             shared.token_index,
             shared.max_rank,
         )
         return out.view(y.shape).to(y.dtype)
+
+    def _device_tables(self) -> list[torch.Tensor]:
+        if self.shared.device_tables is None or self.device_offsets is None:
+            return []
+        return [*self.shared.device_tables.as_list(), self.device_offsets]
 
 
 def _refuse_reentrant_checkpoint() -> None:

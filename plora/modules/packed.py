@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from plora.kernels.backend import backend
 from plora.kernels.dropout import combine, threshold
 from plora.kernels.ops import GradientBuffer
 from plora.kernels.reference import ABSENT, Tables
+from plora.kernels.schedule import DeviceTables, upload
 from plora.modules.adapter import Adapter, Layout
 from plora.modules.arena import Arena, aligned
 from plora.modules.config import AdapterConfig
@@ -85,6 +87,8 @@ class PackedAdapters(nn.Module):
         numel = sum(aligned(Layout.of(select(self.targets, config), config.rank).numel) for config in configs)
         self.arena = Arena(max(numel, aligned(1)), device, dtype)
         self._offsets = _empty_offsets(self.targets, capacity)
+        self._device_offsets: torch.Tensor | None = None
+        self._offsets_version = -1
         # In a list, because the layers belong to the model and must not be registered here again.
         self._linears: list[PackedLoRALinear] = []
         self._routes = 0
@@ -95,8 +99,9 @@ class PackedAdapters(nn.Module):
             gradients=GradientBuffer(self.arena.grad),
             routed=torch.zeros(1, dtype=torch.bool),
             tables=Tables.empty(capacity),
+            device_tables=None,
             token_index=torch.zeros(0, dtype=torch.int32, device=device),
-            max_rank=max((config.rank for config in configs), default=1),
+            max_rank=_columns(max((config.rank for config in configs), default=1)),
         )
 
     @property
@@ -135,7 +140,7 @@ class PackedAdapters(nn.Module):
             if target.path in adapter.layout.a:
                 row[slot] = adapter.start + adapter.layout.a[target.path].start
                 row[self.capacity + slot] = adapter.start + adapter.layout.b[target.path].start
-        self._shared.max_rank = max(self._shared.max_rank, config.rank)
+        self._shared.max_rank = max(self._shared.max_rank, _columns(config.rank))
         self.arena.refresh()
         if self.arena.numel != numel:
             self._bind()
@@ -185,6 +190,7 @@ class PackedAdapters(nn.Module):
         tables.rows[1:] = torch.tensor([*counts, base_tokens]).cumsum(0)
         self._set_dropout(self.training if dropout is None else dropout, steps)
         shared.token_index = self._token_index(counts, base_tokens, token_index)
+        self._update_device_tables()
         for adapter in self.adapters.values():
             adapter.attach_gradients()
         if self._weights_version() != self._version:
@@ -215,9 +221,10 @@ class PackedAdapters(nn.Module):
 
     def _wrap(self, model: nn.Module) -> None:
         for target, offsets in zip(self.targets, self._offsets, strict=True):
-            linear = PackedLoRALinear(model.get_submodule(target.path), offsets, self._shared)
+            linear = PackedLoRALinear(model.get_submodule(target.path), offsets, None, self._shared)
             self._linears.append(linear)
             model.set_submodule(target.path, linear)
+        self._bind()
 
     def _counts(self, tokens: Sequence[int] | Mapping[int, int], base_tokens: int) -> list[int]:
         by_slot = dict(tokens) if isinstance(tokens, Mapping) else dict(enumerate(tokens))
@@ -246,7 +253,7 @@ class PackedAdapters(nn.Module):
             given = torch.cat([torch.arange(count) for count in (*counts, base_tokens)])
         if given.shape != (total,):
             raise ValueError(f"token_index must have shape [{total}], one entry a row, got {list(given.shape)}")
-        return given.to(self.arena.device, torch.int32, non_blocking=True)
+        return upload(given.to(torch.int32), self.arena.device)
 
     def _weights_version(self) -> int:
         versions = (adapter.A._version + adapter.B._version for adapter in self.adapters.values())
@@ -274,10 +281,32 @@ class PackedAdapters(nn.Module):
     def _bind(self) -> None:
         """Hand the layers and adapters the tensors they read, after any of them was replaced."""
         self._shared.weight, self._shared.gradients.tensor = self.arena.shadow, self.arena.grad
-        for linear, offsets in zip(self._linears, self._offsets, strict=True):
-            linear.offsets, linear.shared = offsets, self._shared
+        self._bind_device_tables()
+        for i, linear in enumerate(self._linears):
+            linear.offsets, linear.shared = self._offsets[i], self._shared
+            linear.device_offsets = None if self._device_offsets is None else self._device_offsets[i]
         for adapter in self.adapters.values():
             adapter.tie()
+
+    def _bind_device_tables(self) -> None:
+        """Keep tables on the device where the CUDA kernels can take this pack, and only there."""
+        device, shared = self.arena.device, self._shared
+        taken = device.type == "cuda" and self.arena.dtype == torch.bfloat16 and backend().name == "cuda"
+        if not taken:
+            shared.device_tables = self._device_offsets = None
+            return
+        if self._device_offsets is None or self._device_offsets.shape != self._offsets.shape:
+            shared.device_tables = DeviceTables(device)
+            self._device_offsets = self._offsets.to(device)
+
+    def _update_device_tables(self) -> None:
+        shared = self._shared
+        if shared.device_tables is None or self._device_offsets is None:
+            return
+        shared.device_tables.update(shared.tables)
+        if self._offsets._version != self._offsets_version:
+            self._device_offsets.copy_(upload(self._offsets, self.arena.device))
+            self._offsets_version = self._offsets._version
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedAdapters:
         # The adapters' parameters are views of the arena, so the arena moves and they are tied
@@ -298,6 +327,11 @@ class PackedAdapters(nn.Module):
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         clone._bind()
         return clone
+
+
+def _columns(rank: int) -> int:
+    """Columns of the hidden matrices: whole fragments of the matrix units."""
+    return -(-rank // 16) * 16
 
 
 def _empty_offsets(targets: Sequence[Target], capacity: int) -> torch.Tensor:

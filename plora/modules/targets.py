@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from torch import nn
 
 from plora.modules.config import ALL_LINEAR, AdapterConfig
+from plora.modules.names import HEADS, TORCHTUNE, problem_with
 
-# torchtune's last path components, by Hugging Face's. Users write Hugging Face's.
-_TORCHTUNE_NAMES = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 _ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
-_HEADS = frozenset({"lm_head", "output", "embed_out"})
-_EMBEDDINGS = frozenset({"embed_tokens", "tok_embeddings", "wte"})
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def find_targets(model: nn.Module) -> list[Target]:
     return [
         _target(path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and path.rpartition(".")[2] not in _HEADS
+        if isinstance(module, nn.Linear) and module is not head and path.rpartition(".")[2] not in HEADS
     ]
 
 
@@ -59,26 +55,15 @@ def select(targets: list[Target], config: AdapterConfig) -> list[Target]:
     """
     if config.target_modules == ALL_LINEAR:
         return targets
-    known = sorted({target.name for target in targets})
-    wanted = {_TORCHTUNE_NAMES.get(name, name) for name in config.target_modules}
-    for name in sorted(wanted - set(known)):
-        raise ValueError(refusal(name, known))
+    known = frozenset(target.name for target in targets)
+    wanted = {TORCHTUNE.get(name, name) for name in config.target_modules}
+    problems = [problem_with(name, known) for name in sorted(wanted - known)]
+    if problems:
+        raise ValueError("target_modules: " + "; ".join(problem for problem in problems if problem))
     return [target for target in targets if target.name in wanted]
-
-
-def refusal(name: str, known: list[str]) -> str:
-    """Why ``name`` cannot be a target module, given the names that can."""
-    if name in _HEADS | _EMBEDDINGS:
-        return (
-            f"target module {name!r} is the {'output head' if name in _HEADS else 'embedding'}: it is shared by all "
-            "adapters of a pack and stays frozen, and an adapter on it would not load in every server; leave it out"
-        )
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"target module {name!r} is not a linear layer of this model, which has {', '.join(known)}{hint}"
 
 
 def _target(path: str, module: nn.Linear) -> Target:
     parent, _, leaf = path.rpartition(".")
-    name = _TORCHTUNE_NAMES.get(leaf, leaf)
+    name = TORCHTUNE.get(leaf, leaf)
     return Target(path, name, module.in_features, module.out_features, f"{parent}.{_SHARED_INPUT.get(name, name)}")

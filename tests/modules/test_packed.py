@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from plora.modules import AdapterConfig, pack_adapters
+from plora import AdapterConfig, pack_adapters
 from tests.modules.toy import Toy, loss, randomise, tokens
 
 CONFIGS = [

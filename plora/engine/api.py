@@ -1,0 +1,34 @@
+"""A sweep from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plora.config.loading import load
+from plora.engine.sweep import Sweep
+from plora.report.sweep_result import SweepResult
+
+
+def sweep(config: str | Path | Mapping[str, Any], **overrides: Any) -> SweepResult:
+    """Run a whole sweep.
+
+    Args:
+        config: a YAML file, a shipped configuration such as ``"plora/quickstart"``, or the configuration itself.
+        overrides: settings to change, nested ones with two underscores for the dot: ``trial__lr=1e-4``.
+
+    Returns:
+        ``results`` (a DataFrame), ``best`` and ``study``.
+
+    Raises:
+        ConfigError: with every mistake found, before anything expensive.
+    """
+    running = Sweep(load(config, {key.replace("__", "."): value for key, value in overrides.items()}))
+    try:
+        running.setup()
+        running.plan()
+        running.run()
+        return running.report()
+    finally:
+        running.cleanup()
