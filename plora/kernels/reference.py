@@ -139,6 +139,16 @@ def lora_add_backward(
     return dx
 
 
+def check_rows(x: torch.Tensor, tables: Tables) -> None:
+    """Refuse an input that is not of the routed rows, in any backend."""
+    rows = int(tables.rows[-1])
+    if rows != x.shape[0]:
+        raise RuntimeError(
+            f"a packed layer got {x.shape[0]} rows but route() was given {rows} in all: "
+            "tokens_per_adapter plus base_tokens must add up to the rows of the flattened input"
+        )
+
+
 def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
     """``into += scale * left^T right``, accumulated in fp32."""
     if left.dtype == into.dtype:
@@ -151,11 +161,6 @@ def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sc
 
 def _segments(x: torch.Tensor, n: int, offsets: torch.Tensor, tables: Tables) -> Iterator[_Segment]:
     starts, slots = tables.rows.tolist(), len(tables.rank)
-    if starts[-1] != x.shape[0]:
-        raise RuntimeError(
-            f"a packed layer got {x.shape[0]} rows but route() was given {starts[-1]} in all: "
-            "tokens_per_adapter plus base_tokens must add up to the rows of the flattened input"
-        )
     *places, input_key = offsets.tolist()
     ranks, scales, limits, keys = (t.tolist() for t in (tables.rank, tables.scale, tables.limit, tables.key))
     width = x.shape[1]

@@ -72,15 +72,19 @@ class Adapter(nn.Module):
         self.layout = Layout.of(targets, config.rank)
         self.start = arena.allocate(self.layout.numel)
         self._arena = arena
+        self.A, self.B = (nn.Parameter(arena.weight[span]) for span in (self.a_range, self.b_range))
         self.tie()
         self._initialise(targets)
 
     def tie(self) -> None:
-        """Point the parameters at the arena's memory, as after it moved or grew."""
-        for name, span in (("A", self.a_range), ("B", self.b_range)):
-            parameter = nn.Parameter(self._arena.weight[span])
+        """Point the parameters at the arena's memory, as after it moved or grew.
+
+        The parameters stay the same objects: optimizers hold on to them.
+        """
+        for parameter, span in ((self.A, self.a_range), (self.B, self.b_range)):
+            parameter.grad = None
+            parameter.data = self._arena.weight[span]
             parameter.grad = self._arena.grad[span]
-            setattr(self, name, parameter)
 
     def attach_gradients(self) -> None:
         """Give back a gradient that ``zero_grad`` has dropped, as zeros."""
@@ -111,8 +115,7 @@ class Adapter(nn.Module):
         """
         flat = self._arena.weight if flat is None else flat
         return {
-            path: (self._view(flat, a), self._view(flat, self.layout.b[path]).T)
-            for path, a in self.layout.a.items()
+            path: (self._view(flat, a), self._view(flat, self.layout.b[path]).T) for path, a in self.layout.a.items()
         }
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from plora.kernels.backend import backend
+from plora.kernels.dispatch import backend
 from plora.kernels.dropout import combine, threshold
 from plora.kernels.ops import GradientBuffer
 from plora.kernels.reference import ABSENT, Tables
@@ -46,7 +46,8 @@ def pack_adapters(
         The pack, also registered as ``model.plora``.
 
     Raises:
-        ValueError: if the model is packed already or has no linear layer, or a target module is unknown.
+        ValueError: if the model is packed already, is an ``nn.Sequential`` or has no linear layer, or a target
+            module is unknown.
 
     Example:
         >>> packed = plora.pack_adapters(model, [plora.AdapterConfig(rank=8), plora.AdapterConfig(rank=64)])
@@ -55,6 +56,8 @@ def pack_adapters(
     """
     if hasattr(model, ATTRIBUTE):
         raise ValueError(f"the model is packed already: use model.{ATTRIBUTE}.add(config), or unpack() it first")
+    if isinstance(model, nn.Sequential):
+        raise ValueError("an nn.Sequential would call the adapters as a layer: put it into a module of your own first")
     targets = find_targets(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
@@ -221,7 +224,9 @@ class PackedAdapters(nn.Module):
 
     def _wrap(self, model: nn.Module) -> None:
         for target, offsets in zip(self.targets, self._offsets, strict=True):
-            linear = PackedLoRALinear(model.get_submodule(target.path), offsets, None, self._shared)
+            base = model.get_submodule(target.path)
+            assert isinstance(base, nn.Linear)
+            linear = PackedLoRALinear(base, offsets, None, self._shared)
             self._linears.append(linear)
             model.set_submodule(target.path, linear)
         self._bind()
@@ -295,9 +300,10 @@ class PackedAdapters(nn.Module):
         if not taken:
             shared.device_tables = self._device_offsets = None
             return
-        if self._device_offsets is None or self._device_offsets.shape != self._offsets.shape:
+        old, device = self._device_offsets, self.arena.weight.device
+        if old is None or old.shape != self._offsets.shape or old.device != device:
             shared.device_tables = DeviceTables(device)
-            self._device_offsets = self._offsets.to(device)
+            self._device_offsets, self._offsets_version = self._offsets.to(device), -1
 
     def _update_device_tables(self) -> None:
         shared = self._shared

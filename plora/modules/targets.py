@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,7 +40,8 @@ class Target:
 
 def find_targets(model: nn.Module) -> list[Target]:
     """Every linear layer of ``model`` but the output head, in the model's order."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     return [
         _target(path, module)
         for path, module in model.named_modules()

@@ -32,7 +32,9 @@ def test_even_and_odd_features_and_neighbours_are_uncorrelated():
 def test_keys_give_different_masks(change):
     index = torch.arange(500)
     first = keep_mask(combine(1, 2, 3), index, 100, threshold(0.5)).float()
-    second = keep_mask(combine(*(a + b for a, b in zip((1, 2, 3), change, strict=True))), index, 100, threshold(0.5)).float()
+    second = keep_mask(
+        combine(*(a + b for a, b in zip((1, 2, 3), change, strict=True))), index, 100, threshold(0.5)
+    ).float()
     assert abs((first == second).float().mean().item() - 0.5) < 0.02
 
 

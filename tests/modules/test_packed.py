@@ -34,8 +34,10 @@ def step(model, counts=COUNTS, **options):
     with packed.route(counts, steps=dict.fromkeys(packed.slots, 5), **options):
         logits = model(tokens(sum(counts)))
         loss(logits).backward()
-    grads = {s: {k: (a.clone(), b.clone()) for k, (a, b) in ad.factors(packed.arena.grad).items()}
-             for s, ad in packed.adapters.items()}
+    grads = {
+        s: {k: (a.clone(), b.clone()) for k, (a, b) in ad.factors(packed.arena.grad).items()}
+        for s, ad in packed.adapters.items()
+    }
     return logits.detach(), grads
 
 
@@ -56,7 +58,9 @@ def merged(adapter) -> Toy:
         linear = model.get_submodule(path)
         linear.a, linear.b = a.clone().requires_grad_(), b.clone().requires_grad_()
         delta = adapter.config.scale
-        linear.forward = lambda x, m=linear, s=delta: nn.functional.linear(x, m.weight, m.bias) + s * (x @ m.a.T @ m.b.T)
+        linear.forward = lambda x, m=linear, s=delta: (
+            nn.functional.linear(x, m.weight, m.bias) + s * (x @ m.a.T @ m.b.T)
+        )
     return model
 
 
@@ -194,10 +198,24 @@ def test_torch_optimizers_and_zero_grad():
     packed.arena.grad.fill_(7.0)  # must not leak into the next step
     with packed.route(COUNTS, steps=dict.fromkeys(packed.slots, 5)):
         loss(model(tokens(12))).backward()
-    again = {s: {k: (a.clone(), b.clone()) for k, (a, b) in ad.factors(packed.arena.grad).items()}
-             for s, ad in packed.adapters.items()}
+    again = {
+        s: {k: (a.clone(), b.clone()) for k, (a, b) in ad.factors(packed.arena.grad).items()}
+        for s, ad in packed.adapters.items()
+    }
     assert_same((torch.zeros(1), again), (torch.zeros(1), step(model)[1]))
     assert not torch.allclose(again[0]["layers.0.q_proj"][0], first[0]["layers.0.q_proj"][0])
+
+
+def test_optimizers_survive_a_growing_arena_and_a_move():
+    model, packed = packed_toy()
+    optimizer = torch.optim.SGD(packed.adapters[0].parameters(), lr=1.0)
+    packed.add(AdapterConfig(rank=128))
+    model.to(torch.float64).to(torch.float32)
+    before = packed.adapters[0].factors()["layers.0.q_proj"][0].clone()
+    _, grads = step(model)
+    optimizer.step()
+    moved = before - packed.adapters[0].factors()["layers.0.q_proj"][0]
+    torch.testing.assert_close(moved, grads[0]["layers.0.q_proj"][0], rtol=1e-4, atol=1e-6)
 
 
 def test_add_and_remove_leave_the_others_alone():
@@ -312,6 +330,11 @@ def test_backward_after_the_next_route_is_refused():
 def test_unknown_targets(name, message):
     with pytest.raises(ValueError, match=message):
         pack_adapters(Toy(), [AdapterConfig(target_modules=(name,))])
+
+
+def test_a_sequential_is_refused():
+    with pytest.raises(ValueError, match="nn.Sequential"):
+        pack_adapters(nn.Sequential(Toy()), CONFIGS)
 
 
 def test_packing_twice_is_refused():

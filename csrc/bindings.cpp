@@ -1,0 +1,211 @@
+// The seam between torch and the kernels: checks every argument, names the bad one, launches.
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/extension.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+
+namespace {
+
+using at::Tensor;
+
+std::string text(const char* s) { return s; }
+std::string text(const std::string& s) { return s; }
+std::string text(int64_t n) { return std::to_string(n); }
+std::string text(at::ScalarType dtype) { return c10::toString(dtype); }
+std::string text(const at::Device& device) { return device.str(); }
+std::string text(at::IntArrayRef sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + "]";
+}
+
+// Not TORCH_CHECK, whose message ends in a C++ stack trace, and not through streams, which fail in a
+// process that holds two copies of the C++ library.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error((text(parts) + ...));
+}
+
+void check(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t dimensions, const Tensor& beside) {
+  require(tensor.is_cuda(), name, " must be on a CUDA device, got ", tensor.device());
+  require(tensor.device() == beside.device(), name, " is on ", tensor.device(), " but other arguments are on ",
+          beside.device());
+  require(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+  require(tensor.dim() == dimensions, name, " must have ", dimensions, " dimensions, got shape ", tensor.sizes());
+  require(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
+}
+
+void check_rows(const Tensor& tensor, const char* name, int64_t rows) {
+  require(tensor.size(0) == rows, name, " must have ", rows, " rows, got shape ", tensor.sizes());
+}
+
+void check_hidden(const Tensor& hidden, const char* name, int64_t rows, const Tensor& beside) {
+  check(hidden, name, at::kBFloat16, 2, beside);
+  check_rows(hidden, name, rows);
+  require(hidden.size(1) % 16 == 0, name, " must have a multiple of 16 columns, got shape ", hidden.sizes());
+}
+
+// `second`: the factor is B, whose beginnings are the second half of the offsets.
+plora::Schedule schedule(const Tensor& pieces, int64_t count, const Tensor& offsets, bool second,
+                         const Tensor& token_index, int64_t rows, const Tensor& beside) {
+  check(pieces, "pieces", at::kInt, 2, beside);
+  constexpr int64_t words = sizeof(plora::Piece) / 4;
+  require(pieces.size(1) == words, "pieces must have ", words, " columns, got shape ", pieces.sizes());
+  require(0 <= count && count <= pieces.size(0) && count < 65536, "count must be from 0 to ",
+          std::min<int64_t>(pieces.size(0), 65535), ", got ", count);
+  check(offsets, "offsets", at::kLong, 1, beside);
+  require(offsets.size(0) % 2 == 1, "offsets must have 2 K + 1 elements, got ", offsets.size(0));
+  check(token_index, "token_index", at::kInt, 1, beside);
+  check_rows(token_index, "token_index", rows);
+  const int64_t slots = offsets.size(0) / 2;
+  const int64_t* begin = offsets.const_data_ptr<int64_t>();
+  return {static_cast<const plora::Piece*>(pieces.const_data_ptr()), static_cast<int>(count),
+          begin + (second ? slots : 0), begin + 2 * slots, token_index.const_data_ptr<int32_t>()};
+}
+
+void launched(int error, const char* kernel, int64_t rows, int64_t width, int64_t hidden, int64_t count) {
+  require(error == 0, "the CUDA kernel ", kernel, " failed to launch: ", plora::error_string(error), " (rows ", rows,
+          ", width ", width, ", hidden columns ", hidden, ", pieces ", count, ")");
+}
+
+void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+void down(const Tensor& x, const Tensor& factors, Tensor hidden, const Tensor& pieces, int64_t count,
+          const Tensor& offsets, bool second, const Tensor& token_index, Tensor partials, Tensor counters,
+          int64_t blocks, bool use_dropout, bool use_scale, int64_t steps) {
+  check(x, "x", at::kBFloat16, 2, x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  check(factors, "factors", at::kBFloat16, 1, x);
+  check_hidden(hidden, "hidden", x.size(0), x);
+  check(partials, "partials", at::kFloat, 1, x);
+  check(counters, "counters", at::kInt, 1, x);
+  plora::DownArgs args{};
+  args.schedule = schedule(pieces, count, offsets, second, token_index, x.size(0), x);
+  args.x = x.const_data_ptr();
+  args.factors = factors.const_data_ptr();
+  args.hidden = hidden.mutable_data_ptr();
+  args.partials = partials.mutable_data_ptr<float>();
+  args.counters = counters.mutable_data_ptr<int32_t>();
+  args.width = x.size(1);
+  args.hidden_stride = hidden.size(1);
+  args.steps = static_cast<int>(steps > 0 ? steps : plora::down_steps(args.width));
+  args.use_dropout = use_dropout;
+  args.use_scale = use_scale;
+  const int64_t splits = ((args.width + 63) / 64 + args.steps - 1) / args.steps;
+  require(partials.numel() >= blocks * splits * plora::kScratchBlock, "partials must have ",
+          blocks * splits * plora::kScratchBlock, " elements, got ", partials.numel());
+  require(counters.numel() >= count, "counters must have ", count, " elements, got ", counters.numel());
+  launched(plora::down(args, stream()), "down", x.size(0), args.width, args.hidden_stride, count);
+}
+
+void up(const std::optional<Tensor>& y, const Tensor& hidden, const Tensor& factors, Tensor out, const Tensor& pieces,
+        int64_t count, const Tensor& offsets, bool second, const Tensor& token_index, bool use_dropout, bool use_scale,
+        int64_t steps) {
+  check(out, "out", at::kBFloat16, 2, out);
+  const c10::cuda::CUDAGuard guard(out.device());
+  if (y) {
+    check(*y, "y", at::kBFloat16, 2, out);
+    require(y->sizes() == out.sizes(), "y must have shape ", out.sizes(), ", got ", y->sizes());
+  }
+  check_hidden(hidden, "hidden", out.size(0), out);
+  check(factors, "factors", at::kBFloat16, 1, out);
+  plora::UpArgs args{};
+  args.schedule = schedule(pieces, count, offsets, second, token_index, out.size(0), out);
+  args.y = y ? y->const_data_ptr() : nullptr;
+  args.hidden = hidden.const_data_ptr();
+  args.factors = factors.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.width = out.size(1);
+  args.hidden_stride = hidden.size(1);
+  args.max_rank = static_cast<int>(hidden.size(1));
+  args.steps = static_cast<int>(steps > 0 ? steps : plora::up_steps(args.width));
+  args.use_dropout = use_dropout;
+  args.use_scale = use_scale;
+  launched(plora::up(args, stream()), "up", out.size(0), args.width, args.hidden_stride, count);
+}
+
+void grad_factor(const Tensor& x, const Tensor& hidden, Tensor grad, const Tensor& pieces, int64_t count,
+                 const Tensor& offsets, bool second, const Tensor& token_index, bool use_dropout, bool use_scale) {
+  check(x, "x", at::kBFloat16, 2, x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  check_hidden(hidden, "hidden", x.size(0), x);
+  check(grad, "grad", at::kFloat, 1, x);
+  plora::GradFactorArgs args{};
+  args.schedule = schedule(pieces, count, offsets, second, token_index, x.size(0), x);
+  args.x = x.const_data_ptr();
+  args.hidden = hidden.const_data_ptr();
+  args.grad = grad.mutable_data_ptr<float>();
+  args.width = x.size(1);
+  args.hidden_stride = hidden.size(1);
+  args.use_dropout = use_dropout;
+  args.use_scale = use_scale;
+  launched(plora::grad_factor(args, stream()), "grad_factor", x.size(0), args.width, args.hidden_stride, count);
+}
+
+void grad_hidden(const Tensor& dy, const Tensor& hidden, const Tensor& factors, Tensor grad_hidden, Tensor grad,
+                 const Tensor& pieces, int64_t count, const Tensor& offsets, bool second, const Tensor& token_index,
+                 Tensor sums, Tensor counters, int64_t blocks, bool clusters, int64_t clusters_per_run) {
+  check(dy, "dy", at::kBFloat16, 2, dy);
+  const c10::cuda::CUDAGuard guard(dy.device());
+  check_hidden(hidden, "hidden", dy.size(0), dy);
+  check_hidden(grad_hidden, "grad_hidden", dy.size(0), dy);
+  require(grad_hidden.sizes() == hidden.sizes(), "grad_hidden must have shape ", hidden.sizes(), ", got ",
+          grad_hidden.sizes());
+  check(factors, "factors", at::kBFloat16, 1, dy);
+  check(grad, "grad", at::kFloat, 1, dy);
+  check(sums, "sums", at::kFloat, 1, dy);
+  check(counters, "counters", at::kInt, 1, dy);
+  require(grad.numel() == factors.numel(), "grad must have ", factors.numel(), " elements, got ", grad.numel());
+  require(sums.numel() >= blocks * plora::kScratchBlock, "sums must have ", blocks * plora::kScratchBlock,
+          " elements, got ", sums.numel());
+  const int64_t most = clusters ? plora::kCluster * count : count;
+  require(counters.numel() >= most, "counters must have ", most, " elements, got ", counters.numel());
+  plora::GradHiddenArgs args{};
+  args.schedule = schedule(pieces, count, offsets, second, token_index, dy.size(0), dy);
+  args.dy = dy.const_data_ptr();
+  args.hidden = hidden.const_data_ptr();
+  args.factors = factors.const_data_ptr();
+  args.grad_hidden = grad_hidden.mutable_data_ptr();
+  args.grad = grad.mutable_data_ptr<float>();
+  args.sums = sums.mutable_data_ptr<float>();
+  args.counters = counters.mutable_data_ptr<int32_t>();
+  args.width = dy.size(1);
+  args.hidden_stride = hidden.size(1);
+  args.clusters_per_run = static_cast<int>(clusters_per_run);
+  launched(plora::grad_hidden(args, clusters, stream()), "grad_hidden", dy.size(0), args.width, args.hidden_stride,
+           count);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using pybind11::arg;
+  m.attr("TILE_ROWS") = plora::kTileRows;
+  m.attr("TILE_RANKS") = plora::kTileRanks;
+  m.attr("RUN_RANKS") = plora::kRunRanks;
+  m.attr("WALK_RANKS") = plora::kWalkRanks;
+  m.attr("WALK_ROWS") = plora::kWalkRows;
+  m.attr("CLUSTER") = plora::kCluster;
+  m.attr("SCRATCH_BLOCK") = plora::kScratchBlock;
+  m.attr("MAX_SPLITS") = plora::kMaxSplits;
+  m.attr("PIECE_WORDS") = static_cast<int>(sizeof(plora::Piece) / 4);
+  m.def("down", &down, "hidden = scale? * dropout(x) F^T", arg("x"), arg("factors"), arg("hidden"), arg("pieces"),
+        arg("count"), arg("offsets"), arg("second"), arg("token_index"), arg("partials"), arg("counters"),
+        arg("blocks"), arg("use_dropout"), arg("use_scale"), arg("steps") = 0);
+  m.def("up", &up, "out = y + mask * scale? * hidden F", arg("y"), arg("hidden"), arg("factors"), arg("out"),
+        arg("pieces"), arg("count"), arg("offsets"), arg("second"), arg("token_index"), arg("use_dropout"),
+        arg("use_scale"), arg("steps") = 0);
+  m.def("grad_factor", &grad_factor, "grad += scale? * hidden^T dropout(x)", arg("x"), arg("hidden"), arg("grad"),
+        arg("pieces"), arg("count"), arg("offsets"), arg("second"), arg("token_index"), arg("use_dropout"),
+        arg("use_scale"));
+  m.def("grad_hidden", &grad_hidden, "grad_hidden = scale * dy F^T, grad += scale * hidden^T dy", arg("dy"),
+        arg("hidden"), arg("factors"), arg("grad_hidden"), arg("grad"), arg("pieces"), arg("count"), arg("offsets"),
+        arg("second"), arg("token_index"), arg("sums"), arg("counters"), arg("blocks"), arg("clusters"),
+        arg("clusters_per_run") = 0);
+  m.def("has_clusters", &plora::has_clusters, "whether the current device is of sm_90 or later");
+}

@@ -1,0 +1,197 @@
+"""The CUDA kernels against float64, relative to plain bf16 torch's own error."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from plora.kernels.dispatch import backend, extension
+from plora.kernels.dropout import combine, keep_mask
+from tests.kernels.problem import FORMS, GAP, INPUT_KEY, STANDARD_MIX, Problem, ragged
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or extension() is None, reason="needs a GPU and the kernels"),
+]
+
+EVERY_RANK = [1, 3, 7, 8, 16, 17, 32, 33, 64, 65, 96, 127, 128, 129, 160, 255, 256]
+RAGGED = [5, 64, 1, 0, 130, 63, 65, 300, 17, 128, 2, 70, 33, 129, 0, 200, 257]
+SOME_DROPOUT = [0.0, 0.1, 0.5] * 6
+
+CASES = {
+    "every rank, tile widths": {"d": 256, "n": 384, "ranks": EVERY_RANK, "counts": RAGGED},
+    "widths of whole vectors": {"d": 72, "n": 200, "ranks": EVERY_RANK, "counts": RAGGED},
+    "even widths": {"d": 100, "n": 36, "ranks": EVERY_RANK, "counts": RAGGED},
+    "odd widths": {"d": 65, "n": 71, "ranks": EVERY_RANK, "counts": RAGGED},
+    "width 1": {"d": 1, "n": 1, "ranks": [4, 16], "counts": [70, 9]},
+    "dropout": {"d": 320, "n": 128, "ranks": EVERY_RANK, "counts": RAGGED, "dropout": SOME_DROPOUT[:17]},
+    "dropout, odd width": {"d": 331, "n": 131, "ranks": EVERY_RANK, "counts": RAGGED, "dropout": SOME_DROPOUT[:17]},
+    "absent and base": {"d": 128, "n": 256, "ranks": [8, 200, 16, 4], "counts": [70, 80, 90, 3], "base_rows": 150,
+                        "absent": frozenset({1, 3})},
+    "base alone": {"d": 64, "n": 64, "ranks": [8], "counts": [0], "base_rows": 100},
+    "one token each": {"d": 512, "n": 512, "ranks": [16] * 40, "counts": [1] * 40},
+    "256 adapters": {"d": 128, "n": 192, "ranks": [1 + i for i in range(256)], "counts": ragged(3000, 256)},
+    "skewed": {"d": 1024, "n": 896, "ranks": [16] * 32, "counts": [3891, *[6] * 17, *[7] * 14]},
+    "standard mix": {"d": 3584, "n": 3584, "ranks": STANDARD_MIX, "counts": ragged(2048, 32), "dropout": [0.05] * 32},
+    "wide in": {"d": 18944, "n": 3584, "ranks": STANDARD_MIX, "counts": ragged(1024, 32)},
+    "wide out": {"d": 3584, "n": 18944, "ranks": STANDARD_MIX, "counts": ragged(1024, 32)},
+}  # fmt: skip
+
+
+def error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((got.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def assert_close_as_bf16(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, what: str) -> None:
+    mine, theirs = error(got, truth), error(plain, truth)
+    assert mine <= 2 * theirs + 1e-6, f"{what}: error {mine:.2e}, plain torch's {theirs:.2e}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(case, form):
+    problem = Problem(**CASES[case])
+    truth, plain, got = problem.reference(torch.float64), problem.reference(torch.bfloat16), problem.cuda(form)
+    assert_close_as_bf16(got.out, plain.out, truth.out, "out")
+    rows, k = problem.tables.rows.tolist(), len(problem.ranks)
+    for slot, rank in enumerate(problem.ranks):
+        own = slice(rows[slot], rows[slot + 1])
+        if slot in problem.absent or own.start == own.stop:
+            assert torch.equal(got.out[own], problem.y[own])
+            assert not got.dx[own].any()
+            continue
+        name = f"slot {slot}, rank {rank}, {own.stop - own.start} rows"
+        for part in ("hidden", "dx"):
+            mine, theirs, right = (getattr(r, part)[own] for r in (got, plain, truth))
+            columns = rank if part == "hidden" else None
+            assert_close_as_bf16(mine[:, :columns], theirs[:, :columns], right[:, :columns], f"{part} of {name}")
+        for begin, width, factor in ((slot, problem.d, "A"), (k + slot, problem.n, "B")):
+            span = slice(int(problem.offsets[begin]), int(problem.offsets[begin]) + rank * width)
+            added = got.grad[span] - problem.grad[span]
+            # The sum onto the gradient rounds too.
+            slack = 2e-7 * (problem.grad[span].norm() / truth.grad[span].norm()).item()
+            assert error(added, truth.grad[span]) <= 2 * error(plain.grad[span], truth.grad[span]) + slack + 1e-6, (
+                f"grad of {factor} of {name}"
+            )
+    assert torch.equal(got.out[rows[-2] :], problem.y[rows[-2] :])
+    assert not got.dx[rows[-2] :].any()
+    assert_nothing_else_written(problem, got.grad)
+
+
+def assert_nothing_else_written(problem: Problem, grad: torch.Tensor) -> None:
+    outside = problem.weight.isnan()
+    assert torch.equal(grad[outside], problem.grad[outside])
+    assert outside[:GAP].all()
+    assert not problem.work.sums.any()
+    assert not problem.work.counters.any()
+
+
+def test_no_rows():
+    result = Problem(d=64, n=64, ranks=[8], counts=[0]).cuda()
+    assert result.out.shape == (0, 64)
+
+
+@pytest.mark.parametrize("width", [256, 250, 255])
+def test_mask_is_the_references_bit_for_bit(width):
+    problem = Problem(d=width, n=64, ranks=[width], counts=[333], dropout=[0.3])
+    problem.x.fill_(1.0)
+    start = int(problem.offsets[0])
+    problem.weight[start : start + width * width] = torch.eye(width, device="cuda").flatten().bfloat16()
+    key = combine(int(problem.tables.key[0]), INPUT_KEY)
+    expected = keep_mask(key, problem.token_index, width, int(problem.tables.limit[0]))
+    hidden = problem.cuda().hidden[:, :width]
+    assert torch.equal(hidden != 0, expected)
+    torch.testing.assert_close(hidden[expected].float().mean().item(), 1 / 0.7, rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize("form", ["one pass", "apart"])
+def test_values_of_one_adapter_change_no_bit_of_another(form):
+    problem = Problem(d=256, n=320, ranks=[8, 40, 200], counts=[70, 65, 90], dropout=[0.2] * 3)
+    before = problem.cuda(form)
+    problem.x[70:135] = float("nan")
+    problem.dy[70:135] = float("inf")
+    after = problem.cuda(form)
+    for part in ("out", "dx"):
+        for rows in (slice(0, 70), slice(135, None)):
+            assert torch.equal(getattr(before, part)[rows], getattr(after, part)[rows])
+    for slot, rank in ((0, 8), (2, 200)):
+        for begin, width in ((slot, 256), (3 + slot, 320)):
+            span = slice(int(problem.offsets[begin]), int(problem.offsets[begin]) + rank * width)
+            assert torch.equal(before.grad[span], after.grad[span])
+
+
+def test_deterministic_mode_repeats_to_the_bit():
+    torch.use_deterministic_algorithms(True)
+    try:
+        problem = Problem(d=1024, n=896, ranks=STANDARD_MIX, counts=[2000, *ragged(2000, 31)])
+        first, second = problem.cuda("apart"), problem.cuda("apart")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for part in ("out", "dx", "grad"):
+        assert torch.equal(getattr(first, part), getattr(second, part)), part
+
+
+def test_up_adds_in_place():
+    from plora.kernels import cuda
+
+    problem = Problem(d=256, n=320, ranks=[8, 40], counts=[70, 65], base_rows=10)
+    expected = problem.cuda()
+    y = problem.y.clone()
+    cuda.up(y, expected.hidden, problem.weight, y, problem.work, problem.token_index)
+    assert torch.equal(y, expected.out)
+
+
+def test_bad_arguments_are_named():
+    from plora.kernels import cuda
+
+    problem = Problem(d=64, n=64, ranks=[8], counts=[9])
+    hidden = torch.zeros(9, 16, device="cuda", dtype=torch.bfloat16)
+    run = lambda x, h=hidden: cuda.down(x, problem.weight, h, problem.work, problem.token_index)  # noqa: E731
+    for x, message in (
+        (problem.x.float(), "x must be BFloat16"),
+        (problem.x.cpu(), "x must be on a CUDA device"),
+        (problem.x.T, "x must be contiguous"),
+        (problem.x[0], "x must have 2 dimensions"),
+        (problem.x[:4], "hidden must have 4 rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(x)
+    with pytest.raises(RuntimeError, match="hidden must have a multiple of 16 columns"):
+        run(problem.x, hidden[:, :8].contiguous())
+
+
+def packed_step(model, counts):
+    from tests.modules.toy import tokens
+
+    packed = model.get_submodule("plora")
+    packed.zero_grad_()
+    with packed.route(counts, steps=dict.fromkeys(packed.slots, 5)):
+        logits = model(tokens(sum(counts)).cuda())
+        values = logits.float()
+        (values.sin() * torch.linspace(0.5, 1, values.numel(), device="cuda").view_as(values)).sum().backward()
+    return logits.detach(), packed.arena.grad.clone()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_model_runs_on_the_kernels(compiled, monkeypatch):
+    from plora.modules.config import AdapterConfig
+    from plora.modules.packed import pack_adapters
+    from tests.modules.toy import Toy, randomise
+
+    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 64)
+    model = Toy()
+    pack_adapters(model, [AdapterConfig(rank=r, dropout=p, seed=r) for r, p in ((4, 0.3), (7, 0), (150, 0.1))])
+    randomise(model.plora)
+    exact = copy.deepcopy(model).cuda()
+    half = model.cuda().bfloat16()
+    assert half.plora._shared.device_tables is not None, backend()
+    assert exact.plora._shared.device_tables is None
+    if compiled:
+        half.compile(fullgraph=True, dynamic=True)
+    for counts in ([70, 30, 100], [0, 200, 1], [5, 0, 300]):
+        truth, true_grad = packed_step(exact, counts)
+        got, grad = packed_step(half, counts)
+        assert error(got, truth.double()) < 0.03
+        assert error(grad, true_grad.double()) < 0.05
