@@ -1,0 +1,160 @@
+"""How soon any plan can end: lower bounds from work, the longest trial, and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from plora.planner.costs import LARGEST_BUDGET
+from plora.planner.problem import Load, Problem
+
+_MIXES = tuple(i / 8 for i in range(9))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Seconds before which no plan ends, by reason.
+
+    Args:
+        work: each trial's cheapest device-seconds, evenly over all devices.
+        longest: the longest trial alone at its fastest degree.
+        memory: rounds that memory (or ``max_adapters``) forces, each at the launch floor, mixed with work.
+        whole: where only degree 1 is allowed, trials cannot be divided among devices.
+    """
+
+    work: float
+    longest: float
+    memory: float
+    whole: float
+
+    @property
+    def best(self) -> float:
+        """The largest."""
+        return max(self.work, self.longest, self.memory, self.whole)
+
+    @property
+    def reason(self) -> str:
+        """Which of them it is."""
+        return max(vars(self), key=lambda name: vars(self)[name])
+
+
+class _Least(NamedTuple):
+    """The least seconds a trial costs a device group of some degree, by part."""
+
+    degree: int
+    start: float
+    linear: float  # its tokens and its adapter, at the largest budget it fits with
+    optimizer: float
+    floor: float  # all its rounds at the launch floor
+    memory_share: float  # the least part of a job's memory it occupies
+    per_step: float
+    tail: float
+    chain: float  # alone, start-up included
+
+
+def lower_bounds(problem: Problem) -> Bounds:
+    """Bounds on the makespan of ``problem`` under its cost models; the trials fit (:func:`check_fits`).
+
+    A round of a job takes at least ``mix * floor + (1 - mix) * linear`` for any ``mix`` in [0, 1]. The linear part is a
+    sum over the live trials; of the floor a trial bears at least the part of the memory (or of the places) it occupies.
+    So every mix gives each trial its least device-seconds at each degree, and their sum over the devices is a bound;
+    every device that works also starts once.
+    """
+    least = _least_costs(problem)
+    start = min(option.start for options in least for option in options)
+    places = 1 / (problem.max_adapters or len(problem.loads))
+
+    def seconds(option: _Least, share: float, mix: float) -> float:
+        rounds = share * (mix * option.floor + option.per_step) + (1 - mix) * option.linear
+        return option.tail + option.optimizer + rounds
+
+    def spread(mix: float, *, by_memory: bool) -> float:
+        total = sum(
+            min(
+                option.degree * seconds(option, option.memory_share if by_memory else places, mix) for option in options
+            )
+            for options in least
+        )
+        return start + total / problem.n_devices
+
+    whole = 0.0
+    if problem.degrees == (1,):
+        # Some device gets at least ceil(n / devices) trials: it takes no less than that many of the smallest.
+        smallest = sorted(seconds(options[0], options[0].memory_share, 0.0) for options in least)
+        whole = start + sum(smallest[: -(-len(smallest) // problem.n_devices)])
+    return Bounds(
+        work=spread(0.0, by_memory=True),
+        longest=max(min(option.chain for option in options) for options in least),
+        memory=max(spread(mix, by_memory=by_memory) for mix in _MIXES for by_memory in (True, False)),
+        whole=whole,
+    )
+
+
+def _least_costs(problem: Problem) -> list[list[_Least]]:
+    """Per trial its least costs at each degree at which it fits; trials that are alike share them."""
+    known: dict[tuple, list[_Least]] = {}
+    budgets: dict[tuple, int] = {}
+    for load in problem.loads:
+        if load.kind in known:
+            continue
+        options = []
+        for degree in problem.degrees:
+            key = degree, load.rank, load.target_modules, load.longest
+            if key not in budgets:
+                budgets[key] = largest_budget(problem, degree, load.rank, load.target_modules, load.longest)
+            if budgets[key]:
+                options.append(_least(problem, load, degree, budgets[key]))
+        assert options, "check_fits comes first"
+        known[load.kind] = options
+    return [known[load.kind] for load in problem.loads]
+
+
+def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
+    step, memory = problem.time.cost(degree), problem.memory
+    params = memory.adapter_params(load.rank, load.target_modules, degree)
+    size = memory.adapter_bytes(load.rank, load.target_modules, degree)
+    smallest = problem.token_budget or min(other.longest for other in problem.loads)
+    room = memory.adapter_room(problem.free_bytes, smallest, load.rank, degree=degree, generation=problem.generation)
+    per_token = step.per_token + step.per_microbatch / tokens + load.rank * step.per_token_rank
+    alone = step.round_seconds(
+        load.tokens_per_step,
+        load.tokens_per_step * load.rank,
+        1,
+        params,
+        max(1, -(-int(load.tokens_per_step) // tokens)),
+    )
+    tail = load.eval_tokens * step.per_eval_token + load.generated_tokens * step.per_generated_token + step.save
+    return _Least(
+        degree=degree,
+        start=step.start,
+        linear=load.steps * (load.tokens_per_step * per_token + step.per_adapter),
+        optimizer=load.steps * params * step.per_param,
+        floor=load.steps * step.floor,
+        memory_share=size / room,
+        per_step=load.steps * step.per_step,
+        tail=tail,
+        chain=step.start + load.steps * alone + tail,
+    )
+
+
+def largest_budget(
+    problem: Problem, degree: int, rank: int, target_modules: str | tuple[str, ...], longest: int
+) -> int:
+    """The largest token budget beside which such an adapter fits alone; 0 if not even its longest sequence fits."""
+    size = problem.memory.adapter_bytes(rank, target_modules, degree)
+
+    def fits(tokens: int) -> bool:
+        room = problem.memory.adapter_room(
+            problem.free_bytes, tokens, rank, degree=degree, generation=problem.generation
+        )
+        return room >= size
+
+    if problem.token_budget is not None:
+        return problem.token_budget if fits(problem.token_budget) else 0
+    if not fits(longest):
+        return 0
+    low, high = longest, max(longest, LARGEST_BUDGET)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,238 @@
+"""The plan: which trials share which devices, from when to when. Values and their JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plora.planner.costs import Costs, make_costs
+from plora.planner.jobs import Draft, Placed
+from plora.planner.problem import Problem
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial's place in a job: it takes part in rounds ``[start_round, start_round + steps)``."""
+
+    name: str
+    rank: int
+    start_round: int
+    steps: int
+    tokens_per_step: float
+
+    @property
+    def end_round(self) -> int:
+        """The first round without it."""
+        return self.start_round + self.steps
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A pack on a device group.
+
+    Args:
+        number: the job's number, in order of start.
+        devices: indices of its devices; their count is the tensor-parallel degree.
+        token_budget: tokens of a microbatch.
+        trials: in the order in which they join.
+        start: predicted start in seconds after the first job's.
+        seconds: predicted duration, with start-up, evaluation and saving.
+        round_seconds: predicted seconds of its first round.
+        allocated_bytes: predicted peak of live tensors on each of its devices.
+        memory_bytes: the same with the allocator's share.
+    """
+
+    number: int
+    devices: tuple[int, ...]
+    token_budget: int
+    trials: tuple[PlannedTrial, ...]
+    start: float
+    seconds: float
+    round_seconds: float
+    allocated_bytes: int
+    memory_bytes: int
+
+    @property
+    def degree(self) -> int:
+        """Tensor-parallel degree."""
+        return len(self.devices)
+
+    @property
+    def end(self) -> float:
+        """Predicted end in seconds."""
+        return self.start + self.seconds
+
+    @property
+    def rounds(self) -> int:
+        """Rounds until its last trial ends."""
+        return max(trial.end_round for trial in self.trials)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens of its first round."""
+        return sum(trial.tokens_per_step for trial in self.trials if trial.start_round == 0)
+
+    def ready(self, joined: Collection[str], ended: Collection[str]) -> list[str]:
+        """Trials that may join now: those not joined whose planned predecessors have all ended.
+
+        A trial's predecessors are those planned to end by its start round. Followed without surprises this is the plan;
+        where trials stop early the later ones move forward, and the trials alive together are always among those that
+        the plan has alive together at some round, so the predicted memory holds.
+        """
+        return [
+            trial.name
+            for trial in self.trials
+            if trial.name not in joined
+            and all(other.name in ended for other in self.trials if other.end_round <= trial.start_round)
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs on devices, how long they are predicted to take, and how good that is.
+
+    Args:
+        model: the base model's name.
+        device: the device kind the time model is for.
+        n_devices: devices planned for.
+        free_bytes: bytes that were free on each.
+        objective: what was optimised.
+        method: the planner whose answer this is.
+        estimated: whether the time model comes from a data sheet.
+        makespan: predicted seconds from the first start to the last end.
+        lower_bound: seconds before which no plan ends.
+        bound_reason: ``work``, ``longest``, ``memory`` or ``whole``.
+        jobs: in order of start.
+        baselines: predicted makespans of what people do today.
+        candidates: predicted makespans of the other planners' answers.
+    """
+
+    model: str
+    device: str
+    n_devices: int
+    free_bytes: int
+    objective: str
+    method: str
+    estimated: bool
+    makespan: float
+    lower_bound: float
+    bound_reason: str
+    jobs: tuple[PlannedJob, ...]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    candidates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """How far the makespan is above the lower bound, relative: 0.02 is 2%."""
+        return self.makespan / self.lower_bound - 1
+
+    def to_json(self) -> str:
+        """The plan as text; equal plans give equal text."""
+        return json.dumps({"version": PLAN_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_json` to a file."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            ValueError: if it is missing, not a plan, or of another version.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(f"there is no plan file {path}")
+        try:
+            return cls.from_json(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan in a text made by :meth:`to_json`.
+
+        Raises:
+            ValueError: if it is not one.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a plan: {error}") from error
+        if not isinstance(data, dict) or "version" not in data:
+            raise ValueError("not a plan: it has no version")
+        if data.pop("version") != PLAN_VERSION:
+            raise ValueError(f"a plan of another version; this is version {PLAN_VERSION}: plan again")
+        try:
+            jobs = tuple(_job_from(job) for job in data.pop("jobs"))
+            return cls(jobs=jobs, **data)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a plan: {error}") from error
+
+
+def _job_from(data: dict[str, Any]) -> PlannedJob:
+    fields = dict(data)
+    trials = tuple(PlannedTrial(**trial) for trial in fields.pop("trials"))
+    return PlannedJob(trials=trials, devices=tuple(fields.pop("devices")), **fields)
+
+
+def plan_jobs_of(problem: Problem, placed: list[Placed]) -> tuple[PlannedJob, ...]:
+    """Planned jobs of placed drafts, in order of start."""
+    jobs = []
+    for number, job in enumerate(sorted(placed, key=lambda job: (job.start, job.first_device))):
+        draft, costs = job.draft, job.draft.costs
+        loads = [problem.loads[k] for k in draft.members]
+        memory = problem.memory.parts_from_bytes(
+            costs.peak_size(draft.members, draft.starts),
+            costs.tokens,
+            max(load.rank for load in loads),
+            degree=draft.degree,
+            generation=problem.generation,
+        )
+        jobs.append(
+            PlannedJob(
+                number=number,
+                devices=tuple(range(job.first_device, job.first_device + draft.degree)),
+                token_budget=costs.tokens,
+                trials=tuple(
+                    PlannedTrial(load.name, load.rank, start, load.steps, load.tokens_per_step)
+                    for load, start in zip(loads, draft.starts, strict=True)
+                ),
+                start=job.start,
+                seconds=draft.seconds,
+                round_seconds=costs.segments(draft.members, draft.starts)[0].round_seconds,
+                allocated_bytes=memory.allocated,
+                memory_bytes=memory.total,
+            )
+        )
+    return tuple(jobs)
+
+
+def replay(problem: Problem, plan: Plan) -> list[Placed]:
+    """The plan's jobs under the cost models of ``problem``: same devices and rounds, each when these are free.
+
+    The plan has been checked (:func:`plora.planner.check_plan`).
+    """
+    index = {load.name: k for k, load in enumerate(problem.loads)}
+    free = [0.0] * problem.n_devices
+    placed = []
+    for job in sorted(plan.jobs, key=lambda job: (job.start, job.number)):
+        costs = _costs_of(problem, job)
+        members = tuple(index[trial.name] for trial in job.trials)
+        starts = tuple(trial.start_round for trial in job.trials)
+        draft = Draft(costs, members, starts, costs.step.start + costs.seconds(members, starts))
+        begin = max(free[device] for device in job.devices)
+        for device in job.devices:
+            free[device] = begin + draft.seconds
+        placed.append(Placed(draft, job.devices[0], begin))
+    return placed
+
+
+def _costs_of(problem: Problem, job: PlannedJob) -> Costs:
+    return make_costs(problem, job.degree, job.token_budget, max(trial.rank for trial in job.trials))

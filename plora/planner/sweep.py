@@ -1,0 +1,114 @@
+"""From a sweep's trials and a kind of device to a plan: fills in degrees, cost models and checkpointing."""
+
+from __future__ import annotations
+
+import logging
+import time as clock
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from plora.planner.bounds import lower_bounds
+from plora.planner.greedy import greedy
+from plora.planner.jobs import Workshop, makespan, place
+from plora.planner.plan import Plan
+from plora.planner.planner import make_plan
+from plora.planner.problem import Load, Problem, check_fits, legal_degrees
+from plora.profiler.hardware import GPU
+from plora.profiler.memory import MemoryModel
+from plora.profiler.time import TimeModel, estimate, one_at_a_time
+
+logger = logging.getLogger(__name__)
+
+
+def plan_on(
+    loads: Sequence[Load],
+    memories: Sequence[MemoryModel],
+    gpu: GPU,
+    count: int,
+    *,
+    time: Callable[[MemoryModel], TimeModel] | None = None,
+    free_bytes: int | None = None,
+    degrees: Sequence[int] | None = None,
+    token_budget: int | None = None,
+    max_adapters: int | None = None,
+    generation: tuple[int, int] = (0, 0),
+    objective: str = "makespan",
+    time_limit: float = 15.0,
+    **options: Any,
+) -> tuple[Problem, Plan]:
+    """Plan on devices that need not be here.
+
+    Args:
+        loads: the trials.
+        memories: memory models to choose among, e.g. without and with activation checkpointing; the cost of
+            recomputation is in the time model that belongs to each.
+        gpu: the devices' data sheet (:func:`plora.profiler.find_gpu`).
+        count: how many.
+        time: the time model that belongs to a memory model; None estimates it from the data sheet.
+        free_bytes: bytes free on each device; None for what the data sheet leaves.
+        degrees: tensor-parallel degrees allowed; None for all that suit the model.
+        token_budget: tokens of a microbatch; None lets the planner choose.
+        max_adapters: adapters alive in a job at a time; None for what fits.
+        generation: rows and length of packed generation.
+        objective: ``makespan`` or ``rank_throughput``.
+        time_limit: seconds after which no further search starts.
+        **options: of :func:`plora.planner.make_plan`.
+
+    Returns:
+        The problem whose plan ends first (its ``memory`` says whether checkpointing is on), and the plan.
+
+    Raises:
+        ValueError: if there are no devices, limits contradict, or a trial fits under none of the memory models.
+    """
+    if count < 1:
+        raise ValueError(f"hardware.count must be at least 1, got {count}")
+    problems, misfit = [], None
+    for memory in memories:
+        allowed = tuple(sorted(degrees)) if degrees is not None else legal_degrees(memory.spec, count)
+        problem = Problem(
+            loads=tuple(loads),
+            memory=memory,
+            time=time(memory) if time else estimate(gpu, memory, allowed),
+            free_bytes=gpu.free_bytes if free_bytes is None else free_bytes,
+            n_devices=count,
+            degrees=allowed,
+            token_budget=token_budget,
+            max_adapters=max_adapters,
+            generation=generation,
+            objective=objective,
+        )
+        try:
+            check_fits(problem)
+        except ValueError as error:
+            logger.info("left out (checkpointing %s): %s", memory.activation_checkpointing, error)
+            misfit = error
+        else:
+            problems.append(problem)
+    if not problems:
+        assert misfit is not None, "at least one memory model"
+        raise misfit
+    return _soonest(problems, gpu, time_limit, options)
+
+
+def _soonest(problems: list[Problem], gpu: GPU, time_limit: float, options: dict[str, Any]) -> tuple[Problem, Plan]:
+    deadline = clock.monotonic() + time_limit
+    bounds = sorted((lower_bounds(problem).best, i) for i, problem in enumerate(problems))
+    best: tuple[Problem, Plan] | None = None
+    for bound, i in bounds:
+        if best is not None and best[1].makespan <= bound:
+            break
+        problem = problems[i]
+        left = deadline - clock.monotonic()
+        # The first, whose bound is lowest, is the likely winner; the next may need no look at all.
+        share = left if best is not None or _settled(problem, bounds) else 0.7 * left
+        peft = one_at_a_time(problem.time, problem.memory, gpu)
+        plan = make_plan(problem, peft=peft, time_limit=share, **options)
+        if best is None or plan.makespan < best[1].makespan:
+            best = problem, plan
+    assert best is not None
+    return best
+
+
+def _settled(problem: Problem, bounds: list[tuple[float, int]]) -> bool:
+    """Whether the greedy answer alone ends before any other problem's bound."""
+    return len(bounds) == 1 or makespan(place(greedy(Workshop(problem)), problem.n_devices)) <= bounds[1][0]

@@ -1,0 +1,311 @@
+"""What a pack needs in bytes on one device: an analytic model of base, adapters, activations and overhead.
+
+Letters: ``T`` tokens of a microbatch, ``D`` model width, ``F`` feed-forward width, ``Q`` query heads times
+head size, ``V`` the same for key (or value) heads, ``e`` bytes of the compute dtype, ``d`` tensor-parallel
+degree.
+
+Saved per token and layer for the backward pass (the base is frozen, so a linear layer itself saves nothing;
+its input is saved once for the adapters that share it):
+
+=========================  ==============  =====================================================
+tensor                     bytes           saved by
+=========================  ==============  =====================================================
+norm's input, twice        2 * 4 D         RMSNorm computes in fp32, whatever the dtype
+norm's output, twice       2 * e D         adapters of q, k, v and of gate, up
+q, k, v after rotation     e (Q + 2 V)     attention
+attention output           e Q             attention and the adapter of o
+log-sum-exp                4 heads         attention
+rotary table rows          4 e head_dim    sine and cosine, for q and for k
+gate, up, silu(gate)       3 e F           SwiGLU
+their product              e F             the adapter of down
+h of each adapted linear   e rank          the adapter's B
+=========================  ==============  =====================================================
+
+``compiled`` layers fuse the norms and SwiGLU: the norm's input is kept in the compute dtype, ``silu(gate)`` and
+the rotary rows are recomputed. With activation checkpointing a layer keeps its input alone (``e D``), and one
+layer at a time is held in full while it is recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from plora.modules.config import ALL_LINEAR, AdapterConfig
+
+if TYPE_CHECKING:
+    from plora.models.spec import LinearSpec, ModelSpec
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+# NF4: half a byte, an int8 scale per 64 values, an fp32 scale of the scales per 256 of them.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes an adapter's parameter takes besides the compute-dtype shadow: fp32 weight and gradient, two moments.
+STATE_BYTES = {"exact": 4 + 4 + 4 + 4, "8bit": 4 + 4 + 1 + 1 + 2 * 4 / 256}
+
+
+class Overhead(NamedTuple):
+    """What the allocator and the libraries take on top of the tensors alive."""
+
+    fixed: int  # bytes: library workspaces, gradients' staging, small buffers
+    fraction: float  # of activations and logits: blocks that are rounded up or lie idle
+
+
+OVERHEAD = {"cuda": Overhead(256 * MIB, 0.04), "cpu": Overhead(256 * MIB, 0.05)}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Calibration of the analytic model: measured over predicted. All 1 where nothing was measured.
+
+    Args:
+        activations: factor on the bytes that grow with the microbatch's tokens.
+        fixed: bytes added whatever the pack is.
+    """
+
+    activations: float = 1.0
+    fixed: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Predicted bytes of a pack on each of its devices, by part.
+
+    Training and generation do not overlap, so only the larger of them counts.
+    """
+
+    base: int
+    adapters: int
+    activations: int
+    logits: int
+    generation: int
+    overhead: int
+
+    @property
+    def allocated(self) -> int:
+        """Peak bytes of the tensors alive."""
+        return self.base + self.adapters + max(self.activations + self.logits, self.generation)
+
+    @property
+    def total(self) -> int:
+        """Peak bytes taken from the device, the allocator's share included."""
+        return self.allocated + self.overhead
+
+    def describe(self) -> str:
+        """One line: ``base weights 14.2 GiB + adapters 650 MiB + ... = 20.1 GiB``."""
+        sizes = {"base weights": self.base, "adapters": self.adapters}
+        if self.generation > self.activations + self.logits:
+            sizes["generation"] = self.generation
+        else:
+            sizes |= {"activations": self.activations, "logits": self.logits}
+        sizes["allocator"] = self.overhead
+        return (
+            " + ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+            + f" = {format_bytes(self.total)}"
+        )
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes a pack needs per device, from the model's dimensions alone.
+
+    ``total(d) = base / d + sum_i adapter_i(d) + max(activations(T) / d + logits, generation) + overhead``.
+    Tensor parallelism leaves norms' inputs and outputs (width D) whole on every device and divides the rest.
+
+    Args:
+        spec: the base model's dimensions.
+        dtype: compute dtype, ``bf16`` or ``fp32``.
+        activation_checkpointing: recompute each layer in the backward pass.
+        device: ``cuda`` or ``cpu``.
+        quantize: ``nf4`` for 4-bit linear layers of the base, or None.
+        moments: ``exact`` (fp32) or ``8bit`` optimizer moments.
+        loss_chunk: rows of logits computed at a time by the loss.
+        compiled: layers are compiled, see the table above.
+        calibration: measured corrections.
+
+    Raises:
+        ValueError: for a dtype, device, quantisation or moments that do not exist.
+    """
+
+    spec: ModelSpec
+    dtype: str = "bf16"
+    activation_checkpointing: bool = False
+    device: str = "cuda"
+    quantize: str | None = None
+    moments: str = "exact"
+    loss_chunk: int = 1024
+    compiled: bool = False
+    calibration: Saved = Saved()
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("dtype", self.dtype, tuple(DTYPE_BYTES)),
+            ("device", self.device, tuple(OVERHEAD)),
+            ("quantize", self.quantize, (None, "nf4")),
+            ("moments", self.moments, tuple(STATE_BYTES)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+        if self.loss_chunk < 1:
+            raise ValueError(f"loss_chunk must be at least 1 row, got {self.loss_chunk}")
+
+    @property
+    def element(self) -> int:
+        """Bytes of one value of the compute dtype."""
+        return DTYPE_BYTES[self.dtype]
+
+    def base_bytes(self, degree: int = 1) -> int:
+        """Bytes of the frozen base on one of ``degree`` devices: quantised linears, the rest in the compute dtype."""
+        spec = self.spec
+        linear = spec.num_layers * sum(layer.in_features * layer.out_features for layer in spec.linears)
+        rest = max(0, spec.n_params - linear)
+        per_linear = NF4_BYTES if self.quantize == "nf4" else self.element
+        return int((linear * per_linear + rest * self.element) / degree)
+
+    def adapter_params(self, rank: int, target_modules: str | Sequence[str] = ALL_LINEAR, degree: int = 1) -> int:
+        """Parameters of one adapter that a device holds.
+
+        A layer split over its output keeps A whole and a part of B, one split over its input the reverse.
+
+        Raises:
+            ValueError: if a target names no linear layer of the model.
+        """
+        count = 0
+        for layer in targeted(self.spec, target_modules):
+            whole, split = layer.in_features, layer.out_features
+            if layer.parallel == "row":
+                whole, split = split, whole
+            count += rank * (whole + -(-split // degree))
+        return self.spec.num_layers * count
+
+    def adapter_bytes(self, rank: int, target_modules: str | Sequence[str] = ALL_LINEAR, degree: int = 1) -> int:
+        """Bytes of one adapter's training state: weight, gradient, two moments and, below fp32, the shadow."""
+        shadow = 0 if self.dtype == "fp32" else self.element
+        return int(self.adapter_params(rank, target_modules, degree) * (STATE_BYTES[self.moments] + shadow))
+
+    def layer_bytes_per_token(self, max_rank: int = 0, degree: int = 1) -> float:
+        """Bytes per token that one layer saves for its backward pass (the table above)."""
+        spec, e = self.spec, self.element
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        norm_input = e if self.compiled else 4
+        whole = 2 * (norm_input + e) * spec.dim
+        attention = e * (2 * q + 2 * kv) + 4 * spec.num_heads
+        rotary = 0 if self.compiled else 4 * e * spec.head_dim
+        ffn = (3 if self.compiled else 4) * e * spec.ffn_dim
+        ranks = e * max_rank * len(spec.linears)
+        return whole + rotary + ranks + (attention + ffn) / degree
+
+    def activation_bytes(self, tokens: int, max_rank: int = 0, degree: int = 1) -> int:
+        """Bytes of activations at the peak of a microbatch's backward pass, logits left out.
+
+        Args:
+            tokens: tokens of the microbatch.
+            max_rank: largest rank among the adapters that share it.
+            degree: tensor-parallel degree.
+        """
+        spec, e = self.spec, self.element
+        layer = self.layer_bytes_per_token(max_rank, degree)
+        # In flight while a layer is differentiated: gradients of the product, gate and up, of its input and output.
+        in_flight = e * (3 * spec.ffn_dim / degree + 3 * spec.dim)
+        ends = (2 * e + 4) * spec.dim + 32  # embedding, final norm, gradient of the hidden states; token tables
+        layers = spec.num_layers * e * spec.dim + layer if self.activation_checkpointing else spec.num_layers * layer
+        return int(tokens * (layers + in_flight + ends) * self.calibration.activations)
+
+    def logits_bytes(self, tokens: int, degree: int = 1) -> int:
+        """Bytes of one chunk of logits, its fp32 copy and gradient."""
+        rows = min(tokens, self.loss_chunk)
+        return int(rows * self.spec.vocab_size * (self.element + 8) / degree)
+
+    def generation_bytes(self, rows: int, length: int, degree: int = 1) -> int:
+        """Bytes of packed generation: the cache of ``rows`` sequences of ``length`` tokens, and their logits."""
+        spec = self.spec
+        cache = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.element / degree
+        return int(rows * (length * cache + spec.vocab_size * (self.element + 4)))
+
+    def parts(
+        self,
+        adapters: Iterable[AdapterConfig],
+        tokens: int,
+        *,
+        degree: int = 1,
+        generation: tuple[int, int] = (0, 0),
+    ) -> MemoryParts:
+        """Predicted bytes of a pack on each of its ``degree`` devices.
+
+        Args:
+            adapters: the adapters that are alive at the same time.
+            tokens: token budget of a microbatch.
+            degree: tensor-parallel degree.
+            generation: rows and length of packed generation, ``(0, 0)`` for none.
+        """
+        adapters = list(adapters)
+        state = sum(self.adapter_bytes(a.rank, a.target_modules, degree) for a in adapters)
+        return self.parts_from_bytes(
+            state, tokens, max((a.rank for a in adapters), default=0), degree=degree, generation=generation
+        )
+
+    def parts_from_bytes(
+        self,
+        adapter_bytes: int,
+        tokens: int,
+        max_rank: int,
+        *,
+        degree: int = 1,
+        generation: tuple[int, int] = (0, 0),
+    ) -> MemoryParts:
+        """The same from the adapters' summed bytes: what the planner calls many times."""
+        activations = self.activation_bytes(tokens, max_rank, degree)
+        logits = self.logits_bytes(tokens, degree)
+        generated = self.generation_bytes(*generation, degree) if generation[0] else 0
+        overhead = OVERHEAD[self.device]
+        return MemoryParts(
+            base=self.base_bytes(degree),
+            adapters=adapter_bytes,
+            activations=activations,
+            logits=logits,
+            generation=generated,
+            overhead=overhead.fixed
+            + self.calibration.fixed
+            + int(overhead.fraction * max(activations + logits, generated)),
+        )
+
+    def adapter_room(
+        self,
+        free_bytes: int,
+        tokens: int,
+        max_rank: int,
+        *,
+        degree: int = 1,
+        generation: tuple[int, int] = (0, 0),
+    ) -> int:
+        """Bytes left for adapters beside the base and a microbatch of ``tokens``; negative if these do not fit."""
+        return free_bytes - self.parts_from_bytes(0, tokens, max_rank, degree=degree, generation=generation).total
+
+
+def targeted(spec: ModelSpec, target_modules: str | Sequence[str]) -> list[LinearSpec]:
+    """The linear layers (of one decoder layer) that a target list names.
+
+    Raises:
+        ValueError: if a name is none of them.
+    """
+    if isinstance(target_modules, str):
+        assert target_modules == ALL_LINEAR, target_modules
+        return list(spec.linears)
+    names = {layer.name for layer in spec.linears}
+    unknown = sorted(set(target_modules) - names)
+    if unknown:
+        raise ValueError(
+            f"target_modules names {', '.join(unknown)}, but {spec.name} has {', '.join(sorted(names))}: "
+            "use these names, or all-linear"
+        )
+    return [layer for layer in spec.linears if layer.name in set(target_modules)]
+
+
+def format_bytes(size: float) -> str:
+    """Bytes as people read them: ``14.2 GiB``, ``650 MiB``."""
+    if abs(size) >= GIB:
+        return f"{size / GIB:.1f} GiB"
+    return f"{size / MIB:.0f} MiB" if abs(size) >= 10 * MIB else f"{size / MIB:.2g} MiB"

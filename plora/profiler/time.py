@@ -1,0 +1,204 @@
+"""What a round of a pack takes in seconds: a linear model with a launch floor, one per tensor-parallel degree.
+
+For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens and rank ``r_i``:
+
+    T = max(m * floor, m * a + b * N + c * sum_i n_i r_i + e * K) + o * P + o0
+
+``P`` are the adapters' parameters on the device (the optimizer step passes over them). The coefficients come from
+measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet (:func:`estimate`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from plora.profiler.hardware import GPU, GPUS
+from plora.profiler.memory import DTYPE_BYTES, NF4_BYTES, MemoryModel
+
+# Part of the data sheet's product rate that a whole training step of packed adapters keeps, compiled layers.
+# Measured on an H100 for a 7B shape: 18.8k tokens/s with the base alone are 0.54 of 989 TFLOP/s; adapters' extra passes
+# over the activations take about a tenth more.
+EFFICIENCY = 0.48
+# Products of thin adapters reach a smaller part.
+RANK_EFFICIENCY = 0.25
+# Part of the data sheet's memory bandwidth that streaming passes keep.
+STREAM_EFFICIENCY = 0.8
+# Seconds of launches and Python per layer, forward and backward, that small microbatches cannot go below.
+LAUNCH_PER_LAYER = 1.5e-3
+# The same for one eager adapter through peft (measured on an H100: 171 ms over 28 layers), and its share of the rate.
+PEFT_LAUNCH_PER_LAYER = 6.1e-3
+PEFT_EFFICIENCY = 0.36
+# Loading a base from a local disk, bytes/s, and compiling the layers, seconds.
+LOAD_BANDWIDTH = 1.5e9
+COMPILE_SECONDS = 45.0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Coefficients of a round at one degree, seconds per unit. See the module's formula.
+
+    Args:
+        floor: per microbatch, whatever it holds.
+        per_microbatch: ``a``.
+        per_token: ``b``.
+        per_token_rank: ``c``.
+        per_adapter: ``e``.
+        per_param: ``o``, per adapter parameter on the device.
+        per_step: ``o0``.
+        per_eval_token: forward pass alone.
+        per_generated_token: one token of one row in packed generation, averaged over a full batch of rows.
+        save: writing one adapter.
+        start: loading the base and compiling, once per job.
+        estimated: from a data sheet rather than measured.
+    """
+
+    floor: float
+    per_microbatch: float
+    per_token: float
+    per_token_rank: float
+    per_adapter: float
+    per_param: float
+    per_step: float = 0.0
+    per_eval_token: float = 0.0
+    per_generated_token: float = 0.0
+    save: float = 0.0
+    start: float = 0.0
+    estimated: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "estimated" and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"time model: {name} must be a number of seconds that is not negative, got {value!r}")
+
+    def round_seconds(self, tokens: float, token_rank: float, adapters: int, params: float, microbatches: int) -> float:
+        """Seconds of one round.
+
+        Args:
+            tokens: tokens of all adapters, ``N``.
+            token_rank: ``sum_i n_i r_i``.
+            adapters: adapters that contribute, ``K``.
+            params: their parameters on the device, ``P``.
+            microbatches: ``m``.
+        """
+        work = (
+            microbatches * self.per_microbatch
+            + tokens * self.per_token
+            + token_rank * self.per_token_rank
+            + adapters * self.per_adapter
+        )
+        return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Round costs by tensor-parallel degree, for one device kind, model and dtype.
+
+    Args:
+        device: name of the GPU, or ``cpu``.
+        costs: degree -> coefficients.
+        source: where they come from, for the preview: ``data sheet``, ``measured 2026-11-21``.
+    """
+
+    device: str
+    costs: Mapping[int, StepCost]
+    source: str = "data sheet"
+
+    def __post_init__(self) -> None:
+        if not self.costs:
+            raise ValueError("time model: no coefficients for any degree")
+
+    def cost(self, degree: int) -> StepCost:
+        """Coefficients at a degree.
+
+        Raises:
+            ValueError: if the model has none for it.
+        """
+        if degree not in self.costs:
+            known = ", ".join(map(str, sorted(self.costs)))
+            raise ValueError(f"no time model for tensor-parallel degree {degree}: there is one for {known}")
+        return self.costs[degree]
+
+    @property
+    def estimated(self) -> bool:
+        """Whether any coefficient comes from a data sheet."""
+        return any(cost.estimated for cost in self.costs.values())
+
+    def measured(self, degree: int, cost: StepCost) -> TimeModel:
+        """The model with measured coefficients at ``degree``; the other degrees keep theirs."""
+        return replace(self, costs={**self.costs, degree: replace(cost, estimated=False)}, source="measured")
+
+
+def estimate(gpu: GPU, memory: MemoryModel, degrees: Sequence[int] = (1,)) -> TimeModel:
+    """The time model of a GPU that is not here, from its data sheet."""
+    costs = {degree: _estimate_cost(gpu, memory, degree) for degree in degrees}
+    return TimeModel(device=gpu.name, costs=costs)
+
+
+def estimate_cpu(memory: MemoryModel, threads: int) -> TimeModel:
+    """The time model of a CPU, measured with a 135M model: 0.075 TFLOP/s a thread in fp32, 0.13 in bf16.
+
+    A microbatch costs about 3 ns per base parameter whatever it holds, because oneDNN lays the weights out anew.
+    """
+    rate = max(1, threads) * (0.075 if memory.dtype == "fp32" else 0.13)
+    cpu = GPU("cpu", rate / EFFICIENCY, 2e10, 0, 1e9)
+    cost = replace(
+        _estimate_cost(cpu, memory, 1),
+        start=5.0,
+        floor=2e-3 * memory.spec.num_layers,
+        per_microbatch=3e-9 * memory.spec.n_params,
+        per_step=2e-3,
+    )
+    return TimeModel(device="cpu", costs={1: cost})
+
+
+def default_time(memory: MemoryModel) -> TimeModel:
+    """A time model where nobody says what the device is: this CPU, or the data sheet of a common GPU."""
+    if memory.device == "cpu":
+        return estimate_cpu(memory, os.cpu_count() or 1)
+    return estimate(GPUS["a100_80gb"], memory)
+
+
+def one_at_a_time(model: TimeModel, memory: MemoryModel, gpu: GPU | None) -> TimeModel:
+    """What training the same trials one by one through eager peft costs: the same device, its floor and its rate.
+
+    Without a data sheet only the rate differs, by the measured ratio of the two.
+    """
+    costs = {}
+    for degree, cost in model.costs.items():
+        slower = EFFICIENCY / PEFT_EFFICIENCY
+        floor = PEFT_LAUNCH_PER_LAYER * memory.spec.num_layers if gpu is not None else cost.floor * slower
+        costs[degree] = replace(cost, floor=max(cost.floor, floor), per_token=cost.per_token * slower, estimated=True)
+    return TimeModel(device=model.device, costs=costs, source="data sheet, eager peft")
+
+
+def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
+    spec, e = memory.spec, DTYPE_BYTES[memory.dtype]
+    linear = spec.num_layers * sum(layer.in_features * layer.out_features for layer in spec.linears)
+    head = spec.vocab_size * spec.dim
+    passes = 6 if memory.activation_checkpointing else 4  # FLOPs per weight and token: forward, gradient of the input
+    flops = passes * linear + 4 * head
+    rate = gpu.tflops * 1e12 * EFFICIENCY * (0.75 if memory.quantize else 1.0)
+    reduces = (6 if memory.activation_checkpointing else 4) * spec.num_layers if degree > 1 else 0
+    bytes_sent = reduces * spec.dim * e * 2 * (degree - 1) / degree
+    weights = linear * (NF4_BYTES if memory.quantize else e) + head * e
+    streamed = passes / 2 * weights / degree / (gpu.bandwidth * STREAM_EFFICIENCY)
+    latency = reduces * gpu.link_latency
+    params_per_rank = spec.num_layers * sum(layer.in_features + layer.out_features for layer in spec.linears)
+    per_param = 34 / (gpu.bandwidth * STREAM_EFFICIENCY)  # 16 bytes read and 18 written per parameter
+    per_token = flops / degree / rate + bytes_sent / gpu.link
+    return StepCost(
+        floor=max(streamed, LAUNCH_PER_LAYER * spec.num_layers) + latency,
+        per_microbatch=latency + 5e-5 * spec.num_layers,
+        per_token=per_token,
+        per_token_rank=6 * params_per_rank / degree / (gpu.tflops * 1e12 * RANK_EFFICIENCY),
+        per_adapter=2e-6 * spec.num_layers,
+        per_param=per_param,
+        per_step=1e-3,
+        per_eval_token=per_token / 2,
+        per_generated_token=(streamed / 2 + 2e-4 * spec.num_layers) / 64,
+        save=1.0,
+        start=memory.base_bytes(degree) / LOAD_BANDWIDTH + COMPILE_SECONDS,
+    )

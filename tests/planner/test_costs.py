@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plora.planner.costs import budget_choices, make_costs, tabulate
+from tests.planner.instances import GIB, load, problem, problems
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(6), st.lists(st.integers(0, 60), min_size=6, max_size=6))
+def test_segments_add_up_to_the_rounds_one_by_one(given_problem, offsets):
+    costs = make_costs(given_problem, 1, 2048)
+    members = range(len(costs.steps))
+    starts = offsets[: len(costs.steps)]
+    last = max(start + costs.steps[k] for k, start in zip(members, starts, strict=True))
+    one_by_one = sum(costs.tail)
+    for round_ in range(last):
+        live = [k for k, start in zip(members, starts, strict=True) if start <= round_ < start + costs.steps[k]]
+        one_by_one += costs.round_seconds(live)
+    assert costs.seconds(members, starts) == pytest.approx(one_by_one, rel=1e-9)
+
+
+def test_a_round_is_split_into_microbatches_under_the_budget():
+    costs = make_costs(problem([load("a", batch=32, tokens=200)]), 1, 1024)
+    step = costs.step
+    expected = step.round_seconds(6400.0, 6400.0 * 16, 1, costs.params[0], 7)
+    assert costs.round_seconds([0]) == expected
+
+
+def test_work_is_the_price_of_a_load_away_from_the_floor():
+    loads = [load(name, batch=32, tokens=1000, examples=320) for name in "ab"]
+    costs = make_costs(problem(loads, gpu="h100"), 1, 8000)
+    together = costs.seconds([0, 1])
+    # Microbatches are full, so nothing but the optimizer's constant per round is shared.
+    assert together == pytest.approx(sum(costs.work) + 10 * costs.step.per_step, rel=1e-9)
+
+
+def test_budgets_leave_room_for_the_largest_adapter():
+    given = problem([load("a", 8), load("b", 128)])
+    choices = budget_choices(given, 1)
+    need = given.memory.adapter_bytes(128)
+    assert choices[0] == 512
+    assert choices == sorted(set(choices))
+    assert all(given.memory.adapter_room(given.free_bytes, tokens, 128) >= need for tokens in choices)
+    assert budget_choices(problem([load("a")], token_budget=700), 1) == [700]
+    assert budget_choices(problem([load("a")], free=14 * GIB), 1) == []
+
+
+def test_a_load_that_no_common_budget_takes_gets_its_own_table():
+    # A long sequence beside a small adapter, a large adapter beside short sequences: each fits, not both at once.
+    long = load("long", 8, tokens=6000, longest=8000, batch=1)
+    large = load("large", 128, longest=128, tokens=100, batch=1)
+    given = problem([long, large], free=int(21.5 * GIB))
+    assert budget_choices(given, 1) == []
+    tables = tabulate(given)[1]
+    assert any(costs.eligible[0] for costs in tables)
+    assert any(costs.eligible[1] for costs in tables)
+    assert not any(all(costs.eligible) for costs in tables)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from plora.planner import Plan, check_plan, make_plan
+from plora.planner.plan import replay
+from tests.planner.instances import GIB, grid, load, problem, problems
+
+
+@pytest.fixture(scope="module")
+def given_problem():
+    return problem(grid(16), count=2)
+
+
+@pytest.fixture(scope="module")
+def plan(given_problem):
+    return make_plan(given_problem, time_limit=1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(problems(6))
+def test_a_plan_survives_its_file_and_the_check(tmp_path_factory, given_problem):
+    plan = make_plan(given_problem, time_limit=0.3)
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    assert Plan.load(path).to_json() == path.read_text()
+    check_plan(plan, given_problem)
+    again = replay(given_problem, plan)
+    assert max(job.end for job in again) == pytest.approx(plan.makespan)
+
+
+def test_the_file_says_its_version_first(plan):
+    data = json.loads(plan.to_json())
+    assert next(iter(data)) == "version"
+    assert data["version"] == 1
+    assert {"name", "rank", "start_round", "steps", "tokens_per_step"} == set(data["jobs"][0]["trials"][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a plan"),
+        ("[]", "it has no version"),
+        ('{"version": 99}', "another version"),
+        ('{"version": 1, "jobs": []}', "not a plan: .*missing"),
+        ('{"version": 1}', "not a plan: 'jobs'"),
+        ('{"version": 1, "jobs": [{"trials": [{"nome": 1}]}]}', "not a plan"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_named(tmp_path, text, message):
+    path = tmp_path / "my_plan.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"my_plan\.json: .*{message}"):
+        Plan.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no plan file .*gone\.json"):
+        Plan.load(tmp_path / "gone.json")
+
+
+def _edited(plan, number, **changes):
+    jobs = list(plan.jobs)
+    jobs[number] = replace(jobs[number], **changes)
+    return replace(plan, jobs=tuple(jobs))
+
+
+def test_every_mismatch_is_in_one_list(plan, given_problem):
+    first, second = plan.jobs[0], plan.jobs[1]
+    stolen = _edited(plan, 0, trials=(*first.trials, second.trials[0]), token_budget=100)
+    stolen = replace(stolen, model="Other")
+    with pytest.raises(ValueError) as caught:
+        check_plan(stolen, given_problem)
+    text = str(caught.value)
+    assert "for the model Other, not Qwen2.5-7B" in text
+    assert f"trial {second.trials[0].name} is in job {first.number} and in job {second.number}" in text
+    assert "microbatches of 100 tokens, its longest sequence 512" in text
+    assert "in 3 ways" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"devices": (7,)}, r"on devices \[7\], there are 0 to 1"),
+        ({"devices": (0, 0)}, r"on devices \[0, 0\]"),
+        ({"devices": (0, 1, 2)}, "tensor-parallel degree 3, allowed are 1, 2"),
+        ({"trials": ()}, "has no trials"),
+        ({"token_budget": 1 << 17}, r"job 0 needs .* on each device, 23.0 GiB are free"),
+    ],
+)
+def test_each_mismatch_of_a_job_is_found(plan, given_problem, change, message):
+    with pytest.raises(ValueError, match=message):
+        check_plan(_edited(plan, 0, **change), given_problem)
+
+
+def test_jobs_that_share_a_device_are_found(plan, given_problem):
+    other = plan.jobs[1]
+    assert other.devices != plan.jobs[0].devices
+    with pytest.raises(ValueError, match="in job 0 and job 1 at the same time"):
+        check_plan(_edited(plan, 1, devices=plan.jobs[0].devices), given_problem)
+
+
+def test_missing_and_changed_trials_and_less_memory_are_found(plan, given_problem):
+    with pytest.raises(ValueError, match="trials in no job: extra"):
+        check_plan(plan, problem([*grid(16), load("extra")], count=2))
+    changed = [load("t000", 8, 2), *grid(16)[1:]]
+    with pytest.raises(ValueError, match="trial t000 has rank 8 and 500 steps, the plan says rank 8 and 1000 steps"):
+        check_plan(plan, problem(changed, count=2))
+    with pytest.raises(ValueError, match=r"needs .* 20.0 GiB are free"):
+        check_plan(plan, replace(given_problem, free_bytes=20 * GIB))
+    with pytest.raises(ValueError, match="adapters alive at a time, max_adapters is 1"):
+        check_plan(plan, replace(given_problem, max_adapters=1))

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from plora.models import PackedSequences, from_config
+from plora.models.presets import preset_config
+from plora.models.spec import ModelSpec
+from plora.modules.config import AdapterConfig
+from plora.modules.packed import pack_adapters
+from plora.profiler import MemoryModel, format_bytes
+from plora.profiler.memory import GIB, MIB, Saved
+
+SEVEN_B = ModelSpec.preset("Qwen/Qwen2.5-7B")
+
+
+def test_base_weights_by_precision_and_degree():
+    bf16 = MemoryModel(SEVEN_B, "bf16")
+    assert bf16.base_bytes() == 2 * SEVEN_B.n_params
+    assert bf16.base_bytes(4) == SEVEN_B.n_params // 2
+    assert MemoryModel(SEVEN_B, "fp32").base_bytes() == 4 * SEVEN_B.n_params
+    # Linears of 6.53e9 elements at just above half a byte, the rest in bf16.
+    linears = 28 * sum(layer.in_features * layer.out_features for layer in SEVEN_B.linears)
+    nf4 = MemoryModel(SEVEN_B, "bf16", quantize="nf4").base_bytes()
+    assert nf4 == pytest.approx(0.516 * linears + 2 * (SEVEN_B.n_params - linears), rel=1e-3)
+
+
+def test_adapter_state_is_18_bytes_a_parameter_in_bf16_and_16_in_fp32():
+    bf16, fp32 = MemoryModel(SEVEN_B, "bf16"), MemoryModel(SEVEN_B, "fp32")
+    assert bf16.adapter_params(1) == 2_523_136  # all seven linears of 28 layers
+    assert bf16.adapter_bytes(768) / GIB == pytest.approx(32.5, abs=0.05)
+    assert bf16.adapter_bytes(8) == 18 * bf16.adapter_params(8)
+    assert fp32.adapter_bytes(8) == 16 * fp32.adapter_params(8)
+    assert MemoryModel(SEVEN_B, "bf16", moments="8bit").adapter_bytes(8) < 0.7 * bf16.adapter_bytes(8)
+    assert bf16.adapter_params(4, ("q_proj", "v_proj")) == 4 * 28 * (3584 + 3584 + 3584 + 512)
+
+
+def test_tensor_parallelism_keeps_the_factor_on_the_whole_side():
+    memory = MemoryModel(SEVEN_B)
+    # q_proj is split by output: A whole, B halved; down_proj by input: A halved, B whole.
+    assert memory.adapter_params(2, ("q_proj",), 2) == 2 * 28 * (3584 + 3584 // 2)
+    assert memory.adapter_params(2, ("down_proj",), 2) == 2 * 28 * (18944 // 2 + 3584)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B"])
+def test_activations_equal_what_autograd_saves(name, dtype):
+    """The model's own layers with packed adapters: bytes of distinct storages saved, per layer and token."""
+    tokens, ranks, lengths = 96, (16, 4), [30, 18, 40, 8]
+    saved = [_saved_bytes(name, dtype, layers, ranks, lengths) for layers in (1, 2)]
+    per_token = (saved[1] - saved[0]) / tokens
+    memory = MemoryModel(ModelSpec.preset(name), dtype, device="cpu")
+    assert memory.layer_bytes_per_token(max(ranks)) == pytest.approx(per_token, rel=0.01)
+
+
+def _saved_bytes(name: str, dtype: str, layers: int, ranks: tuple[int, ...], lengths: list[int]) -> int:
+    config = {**preset_config(name), "num_hidden_layers": layers, "vocab_size": 64}
+    base = from_config(config, dtype=dtype)
+    packed = pack_adapters(base.module, [AdapterConfig(rank=rank) for rank in ranks])
+    known = {p.untyped_storage().data_ptr() for p in base.module.parameters()}
+    arena = [value for value in vars(packed.arena).values() if isinstance(value, torch.Tensor)]
+    known |= {value.untyped_storage().data_ptr() for value in arena}
+    sizes: dict[int, int] = {}
+    alive = []  # an address is told apart only while its tensor lives
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # Tables and offsets are of fixed size; what grows with the tokens is larger.
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    sequences = PackedSequences.from_lengths(lengths, torch.device("cpu"))
+    half = sum(lengths) // 2
+    with packed.route([half, half]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        base.hidden_states(torch.zeros(2 * half, dtype=torch.int64), positions, sequences)
+    return sum(sizes.values())
+
+
+def test_checkpointing_keeps_one_layer_and_every_input():
+    plain, recomputed = MemoryModel(SEVEN_B), MemoryModel(SEVEN_B, activation_checkpointing=True)
+    saved = 27 * plain.layer_bytes_per_token() - 28 * 2 * 3584
+    assert plain.activation_bytes(1000) - recomputed.activation_bytes(1000) == pytest.approx(1000 * saved, rel=1e-6)
+    assert plain.activation_bytes(2000) == pytest.approx(2 * plain.activation_bytes(1000))
+
+
+def test_parts_add_up_and_generation_replaces_training():
+    memory = MemoryModel(SEVEN_B)
+    adapters = [AdapterConfig(rank=8), AdapterConfig(rank=32, target_modules=("q_proj",))]
+    parts = memory.parts(adapters, 1024)
+    assert parts.adapters == memory.adapter_bytes(8) + memory.adapter_bytes(32, ("q_proj",))
+    assert parts.allocated == parts.base + parts.adapters + parts.activations + parts.logits
+    assert parts.total == parts.allocated + parts.overhead
+    assert memory.adapter_room(parts.total, 1024, 32) == parts.adapters
+    generating = memory.parts(adapters, 1024, generation=(512, 4096))
+    cache = 512 * 4096 * 2 * 28 * 4 * 128 * 2
+    assert generating.generation == cache + 512 * 152064 * 6
+    assert generating.allocated == parts.base + parts.adapters + generating.generation
+    assert "generation" in generating.describe()
+    assert "activations" not in generating.describe()
+
+
+def test_one_chunk_of_logits_is_alive_at_a_time():
+    memory = MemoryModel(SEVEN_B, loss_chunk=256)
+    assert memory.logits_bytes(100) == 100 * 152064 * 10
+    assert memory.logits_bytes(100_000) == 256 * 152064 * 10
+
+
+def test_calibration_scales_what_grows_and_shifts_the_rest():
+    memory = MemoryModel(SEVEN_B)
+    corrected = replace(memory, calibration=Saved(activations=1.5, fixed=-100 * MIB))
+    assert corrected.activation_bytes(512) == pytest.approx(1.5 * memory.activation_bytes(512), abs=1)
+    change = corrected.parts([], 512).total - memory.parts([], 512).total
+    assert change == pytest.approx(0.5 * 1.04 * memory.activation_bytes(512) - 100 * MIB, abs=10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"dtype": "fp16"}, "dtype must be one of bf16, fp32, got 'fp16'"),
+        ({"device": "tpu"}, "device must be one of cuda, cpu, got 'tpu'"),
+        ({"quantize": "int8"}, "quantize must be one of None, nf4, got 'int8'"),
+        ({"moments": "4bit"}, "moments must be one of exact, 8bit, got '4bit'"),
+        ({"loss_chunk": 0}, "at least 1 row, got 0"),
+    ],
+)
+def test_unknown_settings_are_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryModel(SEVEN_B, **setting)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(14.2 * GIB, "14.2 GiB"), (650 * MIB, "650 MiB"), (1.5 * MIB, "1.5 MiB"), (0, "0 MiB")]
+)
+def test_sizes_read_well(size, text):
+    assert format_bytes(size) == text

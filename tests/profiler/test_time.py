@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from plora.models.spec import ModelSpec
+from plora.profiler import GPUS, MemoryModel, StepCost, TimeModel, estimate, estimate_cpu, find_gpu, one_at_a_time
+from plora.profiler.hardware import host_free_bytes
+
+SEVEN_B = MemoryModel(ModelSpec.preset("Qwen/Qwen2.5-7B"), compiled=True)
+COST = StepCost(
+    floor=0.1,
+    per_microbatch=0.01,
+    per_token=1e-4,
+    per_token_rank=1e-6,
+    per_adapter=1e-3,
+    per_param=1e-9,
+    per_step=0.002,
+)
+
+
+def test_a_round_is_the_larger_of_floor_and_work_plus_the_optimizer():
+    optimizer = 5e6 * 1e-9 + 0.002
+    assert COST.round_seconds(10, 100, 2, 5e6, 1) == pytest.approx(0.1 + optimizer)
+    assert COST.round_seconds(10, 100, 2, 5e6, 2) == pytest.approx(0.2 + optimizer)
+    work = 3 * 0.01 + 6000 * 1e-4 + 90000 * 1e-6 + 2 * 1e-3
+    assert COST.round_seconds(6000, 90000, 2, 5e6, 3) == pytest.approx(work + optimizer)
+
+
+def test_the_h100_estimate_agrees_with_what_was_measured_there():
+    # 18.8k tokens/s with the base alone; adapters of the standard mix (mean rank 24) take some of it.
+    cost = estimate(GPUS["h100"], SEVEN_B).cost(1)
+    seconds = cost.round_seconds(8192, 24 * 8192, 32, SEVEN_B.adapter_params(768), 1)
+    assert 14_000 < 8192 / seconds < 18_500
+    # Eager peft: 171 ms for 128 tokens, 655 for 8192.
+    peft = one_at_a_time(estimate(GPUS["h100"], SEVEN_B), SEVEN_B, GPUS["h100"]).cost(1)
+    params = SEVEN_B.adapter_params(16)
+    assert peft.round_seconds(128, 16 * 128, 1, params, 1) == pytest.approx(0.171, rel=0.1)
+    assert peft.round_seconds(8192, 16 * 8192, 1, params, 1) == pytest.approx(0.655, rel=0.1)
+
+
+@pytest.mark.parametrize("name", sorted(GPUS))
+def test_every_gpu_has_a_sound_estimate_at_every_degree(name):
+    model = estimate(GPUS[name], SEVEN_B, (1, 2, 4))
+    assert model.estimated
+    tokens = 16384
+    seconds = [model.cost(d).round_seconds(tokens, 16 * tokens, 4, 1e8, 2) for d in (1, 2, 4)]
+    # More devices are faster, and never more than in proportion.
+    for degree, (slow, fast) in zip((2, 4), itertools.pairwise(seconds), strict=True):
+        assert slow / 2 < fast < slow * (1.0 if GPUS[name].link > 1e11 else 1.6), degree
+    assert model.cost(2).floor >= model.cost(4).floor * 0.9
+
+
+def test_faster_devices_are_faster_and_recomputation_costs():
+    rounds = {name: estimate(GPUS[name], SEVEN_B).cost(1).round_seconds(8192, 16 * 8192, 4, 1e8, 1) for name in GPUS}
+    assert rounds["h100"] < rounds["a100_80gb"] < rounds["rtx_4090"] < rounds["a10"]
+    recomputing = replace(SEVEN_B, activation_checkpointing=True)
+    ratio = estimate(GPUS["h100"], recomputing).cost(1).per_token / estimate(GPUS["h100"], SEVEN_B).cost(1).per_token
+    assert 1.4 < ratio < 1.5
+
+
+def test_the_cpu_estimate_agrees_with_what_was_measured():
+    # A 135M model on two cores: about 280 tokens/s in fp32, 500 in bf16.
+    spec = ModelSpec.preset("HuggingFaceTB/SmolLM2-135M")
+    for dtype, rate in (("fp32", 280), ("bf16", 500)):
+        cost = estimate_cpu(MemoryModel(spec, dtype, device="cpu"), 2).cost(1)
+        assert 1 / cost.per_token == pytest.approx(rate, rel=0.15)
+
+
+def test_measured_degrees_replace_estimates():
+    model = estimate(GPUS["h100"], SEVEN_B, (1, 2))
+    measured = model.measured(1, COST)
+    assert measured.cost(1).floor == 0.1
+    assert not measured.cost(1).estimated
+    assert measured.cost(2) == model.cost(2)
+    assert measured.estimated
+    assert not TimeModel("h100", {1: replace(COST, estimated=False)}).estimated
+
+
+def test_missing_degrees_and_impossible_coefficients_are_named():
+    with pytest.raises(ValueError, match="degree 8: there is one for 1, 2"):
+        estimate(GPUS["h100"], SEVEN_B, (1, 2)).cost(8)
+    with pytest.raises(ValueError, match="per_token must be a number of seconds that is not negative, got -1"):
+        replace(COST, per_token=-1.0)
+    with pytest.raises(ValueError, match="no coefficients"):
+        TimeModel("h100", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100_40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100_80gb"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx_4090"),
+        ("a100_40gb", "a100_40gb"),
+    ],
+)
+def test_gpus_are_found_by_their_driver_names(name, found):
+    assert find_gpu(name).name == found
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA A1000", "NVIDIA L40S", "b200"])
+def test_an_unknown_gpu_is_not_taken_for_another(name):
+    with pytest.raises(ValueError, match=r"no data sheet for the GPU .* use one of a10, a100_40gb"):
+        find_gpu(name)
+
+
+def test_free_host_memory_is_within_the_machine(monkeypatch, tmp_path):
+    import psutil
+
+    assert 0 < host_free_bytes() <= psutil.virtual_memory().total
+    limits = {"memory.max": 1000, "memory.current": 900}
+    monkeypatch.setattr("plora.profiler.hardware._cgroup_bytes", limits.get)
+    monkeypatch.setattr("plora.profiler.hardware._cgroup_page_cache", lambda: 50)
+    assert host_free_bytes() == 150
