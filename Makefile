@@ -26,6 +26,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+csrc-check: setup
+	PYTHON=$(CURDIR)/$(BIN)/python csrc/check.sh
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
