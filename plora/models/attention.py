@@ -144,6 +144,11 @@ def _heads_first(x: torch.Tensor, rows: slice | torch.Tensor, length: int) -> to
     return x[rows].unflatten(0, (-1, length)).transpose(1, 2)
 
 
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """bf16 as fp32: on a CPU torch's attention backward is ten times slower in bf16."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 @torch.compiler.disable
 def _attention_by_length(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
@@ -166,9 +171,9 @@ def _attention_cpu(
     """Returns ``[T, H, E]`` and the log of the softmax's denominators ``[T, H]``, which backward needs."""
     out, log_sum = _attention_cpu_fake(query, key, value, cu_seqlens, scale)
     for rows, length in _batches(cu_seqlens):
-        q, k, v = (_heads_first(x, rows, length) for x in (query, key, value))
+        q, k, v = (_heads_first(_wide(x), rows, length) for x in (query, key, value))
         part, part_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-        out[rows] = part.transpose(1, 2).flatten(0, 1)
+        out[rows] = part.transpose(1, 2).flatten(0, 1).to(out.dtype)
         log_sum[rows] = part_sum.transpose(1, 2).flatten(0, 1)
     return out, log_sum
 
@@ -194,13 +199,13 @@ def _attention_cpu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
     for rows, length in _batches(cu_seqlens):
-        g, q, k, v, o = (_heads_first(x, rows, length) for x in (grad, query, key, value, out))
+        g, q, k, v, o = (_heads_first(_wide(x), rows, length) for x in (grad, query, key, value, out))
         sums = log_sum[rows].unflatten(0, (-1, length)).transpose(1, 2)
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             g, q, k, v, o, sums, 0.0, True, scale=scale
         )
         for full, part in zip(grads, parts, strict=True):
-            full[rows] = part.transpose(1, 2).flatten(0, 1)
+            full[rows] = part.transpose(1, 2).flatten(0, 1).to(full.dtype)
     return grads
 
 

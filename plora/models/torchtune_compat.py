@@ -5,38 +5,17 @@ torchtune 0.6.1 is its last release; whatever it cannot express exactly is left 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from plora.tune_hook import restore_torchao_names
 
-@contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    """Holds back warnings of an import that users can do nothing about."""
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-# torchao warns of each of its own kernels that this torch cannot load; NF4 uses none of them.
-with _quiet("torchao", "torch.utils._pytree"):
-    import torchao.quantization
-
-# torchtune.training imports two names that torchao dropped; they are only used by its own quantizers.
-for _name in ("int4_weight_only", "int8_dynamic_activation_int4_weight"):
-    if not hasattr(torchao.quantization, _name):
-        setattr(torchao.quantization, _name, None)
+restore_torchao_names()
 
 from torchtune.models.llama3_1 import Llama3ScaledRoPE, llama3_1  # noqa: E402
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings, qwen2  # noqa: E402
