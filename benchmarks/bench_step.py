@@ -1,0 +1,263 @@
+"""A whole training step at full size: plora beside the frozen base, plain bmm adapters and peft.
+
+    python benchmarks/bench_step.py [--model Qwen/Qwen2.5-7B-Instruct] [--json FILE]
+
+Weights are random (right for timing, never for quality), every token is labelled, for the baselines
+too. ``tokens_per_s_forward_backward`` leaves the optimizer out, ``tokens_per_s_step`` has it in.
+The limit is the frozen base: no adapter can be trained with less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import plora
+from plora.data.microbatch import pack
+from plora.data.types import Example
+from plora.models import from_config
+from plora.models.attention import PackedSequences
+from plora.models.base import BaseModel
+from plora.models.presets import preset_config
+from plora.training.loss import backward_cross_entropy, chunk_rows
+from plora.training.optimizer import AdamWConfig, PackedAdamW
+from plora.training.rounds import batch_gradients
+from providers import BmmAdapters, peft_model
+from records import Records
+
+STANDARD_MIX = [8] * 16 + [16] * 8 + [32] * 4 + [64] * 2 + [128] * 2
+PEFT_SHAPES = [(1, 128), (4, 128), (1, 1024)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: ``sequences`` of ``length`` tokens in a step, shared evenly by ``ranks``' adapters."""
+
+    model: str
+    ranks: list[int]
+    sequences: int
+    length: int
+    microbatch: int
+    checkpointing: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def name(self) -> str:
+        mix = "standard mix" if self.ranks == STANDARD_MIX else f"{len(self.ranks)} x r{self.ranks[0]}"
+        return f"{self.model.rpartition('/')[2].lower()}/{mix}/{self.sequences}x{self.length}"
+
+    def batches(self, vocab: int) -> dict[int, list[Example]]:
+        """One batch per slot; every token has a label."""
+        generator, per_slot = np.random.default_rng(0), self.sequences // len(self.ranks)
+        return {
+            slot: [_example(generator, vocab, self.length) for _ in range(per_slot)] for slot in range(len(self.ranks))
+        }
+
+
+def _example(generator: np.random.Generator, vocab: int, length: int) -> Example:
+    tokens = generator.integers(0, vocab, length + 1, dtype=np.int32)
+    return Example(tokens[:-1], tokens[1:], tokens[:1], "")
+
+
+def seconds(run: Callable[[], object], repeats: int, warmup: int = 3) -> float:
+    """Median time of ``run`` by CUDA events."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+@contextmanager
+def fresh_memory() -> Iterator[None]:
+    """Peak memory counted from here, after giving back what the provider before has left."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+
+
+def measure(
+    records: Records,
+    case: str,
+    provider: str,
+    tokens: int,
+    forward_backward: Callable[[], object],
+    step: Callable[[], object] | None,
+    repeats: int,
+    notes: str = "",
+) -> None:
+    """Time one provider and print its line; running out of memory is a result, not an end."""
+    try:
+        elapsed = seconds(forward_backward, repeats)
+        records.add(case, provider, "tokens_per_s_forward_backward", tokens / elapsed, "tokens/s", notes)
+        if step is not None:
+            elapsed = seconds(step, repeats)
+            records.add(case, provider, "tokens_per_s_step", tokens / elapsed, "tokens/s", notes)
+        records.add(case, provider, "peak_gib", torch.cuda.max_memory_allocated() / 2**30, "GiB", notes)
+    except torch.OutOfMemoryError as error:
+        print(f"{provider}: out of memory ({error.args[0].splitlines()[0]})", flush=True)
+        return
+    figures = [row for row in records.rows if (row["case"], row["provider"]) == (case, provider)]
+    print(
+        f"{provider}: " + ", ".join(f"{row['metric']} {row['value']:.5g} {row['unit']}" for row in figures), flush=True
+    )
+
+
+def frozen_base(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
+    """The base alone, compiled: forward, loss, and backward to the embeddings."""
+    batches = case.batches(base.spec.vocab_size)
+    with fresh_memory():
+        base.set_activation_checkpointing(case.checkpointing)
+        base.compile_layers()
+        run = _gradients_through(base, batches, case.microbatch)
+        measure(records, case.name, "frozen base", case.tokens, run, None, repeats, _notes(case))
+
+
+def packed(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
+    """The packed step: the functions that a sweep's rounds call."""
+    batches = case.batches(base.spec.vocab_size)
+    configs = [plora.AdapterConfig(rank=rank, alpha=2 * rank, seed=i) for i, rank in enumerate(case.ranks)]
+    with fresh_memory():
+        adapters = plora.pack_adapters(base.module, configs)
+        optimizer = PackedAdamW(adapters)
+        for slot in adapters.slots:
+            optimizer.add(slot, AdamWConfig(max_grad_norm=1.0))
+        base.set_activation_checkpointing(case.checkpointing)
+        base.compile_layers()
+        rates = dict.fromkeys(adapters.slots, (1e-4, 1e-4))
+        steps = dict.fromkeys(adapters.slots, 0)
+
+        def forward_backward() -> torch.Tensor:
+            return batch_gradients(base, adapters, batches, steps, case.microbatch, compile_loss=True)[0]
+
+        def step() -> None:
+            optimizer.step(rates, forward_backward())
+
+        measure(records, case.name, "plora", case.tokens, forward_backward, step, repeats, _notes(case))
+        adapters.unpack(base.module)
+
+
+def bmm(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
+    """Adapters as batched products on equal segments, one product per rank: what plain torch offers."""
+    batches = case.batches(base.spec.vocab_size)
+    with fresh_memory():
+        adapters = BmmAdapters(base.module, case.ranks)
+        optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4, fused=True)
+        base.set_activation_checkpointing(case.checkpointing)
+        base.compile_layers()
+        gradients = _gradients_through(base, batches, case.tokens)
+
+        def forward_backward() -> None:
+            optimizer.zero_grad()
+            gradients()
+
+        def step() -> None:
+            forward_backward()
+            optimizer.step()
+
+        note = _notes(case, microbatch=case.tokens) + ", adapters in bf16 without fp32 weights"
+        measure(records, case.name, "bmm per rank", case.tokens, forward_backward, step, repeats, note)
+        adapters.restore(base.module)
+
+
+def peft_one_at_a_time(records: Records, case: Case, repeats: int) -> None:
+    """One adapter of rank 16 by peft on the Hugging Face model, as people train today."""
+    model = peft_model(preset_config(case.model), rank=16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    for batch, length in PEFT_SHAPES:
+        with fresh_memory():
+            tokens = torch.randint(model.config.vocab_size, (batch, length), device="cuda")
+
+            def forward_backward(tokens: torch.Tensor = tokens) -> None:
+                optimizer.zero_grad()
+                model(input_ids=tokens, labels=tokens).loss.backward()
+
+            def step(run: Callable[[], None] = forward_backward) -> None:
+                run()
+                optimizer.step()
+
+            provider = f"peft, one adapter, {batch}x{length}"
+            measure(
+                records, case.name, provider, batch * length, forward_backward, step, repeats, "rank 16, eager, sdpa"
+            )
+
+
+def _gradients_through(base: BaseModel, batches: dict[int, list[Example]], budget: int) -> Callable[[], None]:
+    """Forward, loss and backward of prepared microbatches, without routing."""
+    prepared = [microbatch.to(base.device) for microbatch in pack(batches, budget)]
+
+    def run() -> None:
+        for each in prepared:
+            sequences = PackedSequences.from_lengths(each.lengths, base.device)
+            hidden = base.hidden_states(each.tokens, each.positions, sequences)
+            count = len(each.label_rows)
+            weight = torch.full((count,), 1 / count, device=base.device)
+            slots = torch.zeros(count, dtype=torch.int64, device=base.device)
+            backward_cross_entropy(
+                base.logits, hidden, each.label_rows, each.labels[each.label_rows], weight, slots, 1,
+                chunk=chunk_rows(base.spec.vocab_size, base.device), compiled=True,
+            )  # fmt: skip
+
+    return run
+
+
+def _notes(case: Case, microbatch: int | None = None) -> str:
+    recompute = "layers recomputed in backward" if case.checkpointing else "no recomputation"
+    return f"microbatch of {microbatch or case.microbatch} tokens, {recompute}, layers compiled"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="Qwen/Qwen2.5-7B-Instruct", help="name of a preset")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--ranks", type=int, nargs="*", default=STANDARD_MIX, help="one per adapter")
+    parser.add_argument("--microbatch", type=int, default=8192, help="token budget of a microbatch")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
+    parser.add_argument("--providers", nargs="*", default=["frozen", "plora", "bmm", "peft"])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device")
+    if args.sequences % len(args.ranks):
+        parser.error(f"--sequences {args.sequences} must be a multiple of the {len(args.ranks)} adapters")
+    case = Case(args.model, args.ranks, args.sequences, args.length, args.microbatch, args.checkpointing)
+    records = Records("step")
+    print(f"{case.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    try:
+        if {"frozen", "plora", "bmm"} & set(args.providers):
+            base = from_config(case.model, dtype="bf16", device="cuda")
+            for name, run in (("frozen", frozen_base), ("plora", packed), ("bmm", bmm)):
+                if name in args.providers:
+                    run(records, case, base, args.repeats)
+            del base
+            gc.collect()
+            torch.cuda.empty_cache()
+        if "peft" in args.providers:
+            peft_one_at_a_time(records, case, args.repeats)
+    finally:
+        records.write(args.json)
+    print(records.table())
+
+
+if __name__ == "__main__":
+    main()
