@@ -131,7 +131,12 @@ def word_or(word: str, check: Check) -> Check:
 
 def dotted_name(value: Any) -> str:
     """The dotted name of something importable: ``package.module.name``."""
-    parts = value.split(".") if isinstance(value, str) else []
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+    if not is_dotted_name(value):
         raise ValueError("must be a dotted name such as my_package.my_module.my_function")
     return value
+
+
+def is_dotted_name(value: Any) -> bool:
+    """Whether ``value`` reads as ``package.name``."""
+    parts = value.split(".") if isinstance(value, str) else []
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)

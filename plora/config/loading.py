@@ -14,7 +14,7 @@ from plora.config import checks, sections, shipped
 from plora.config.data_checks import note_data_at_hand
 from plora.config.mistakes import ConfigError, Findings, Mistake
 from plora.config.overrides import apply_overrides
-from plora.config.run_checks import output_dir_problems
+from plora.config.run_checks import note_model_at_hand, output_dir_problems
 from plora.config.schema import SweepConfig
 from plora.config.section import Section
 from plora.config.trials import read_trials
@@ -83,6 +83,7 @@ def _interpret(raw: dict[str, Any], findings: Findings, new_sweep: bool) -> Swee
     dataset_test = sections.read_optional_data(root, "dataset_test")
     loggers = sections.read_metric_loggers(root)
     note_data_at_hand(datasets, dataset_val, dataset_test, findings)
+    note_model_at_hand(model, tokenizer, trials, findings)
     if output_dir is not None and new_sweep:
         for problem in output_dir_problems(Path(output_dir)):
             findings.add("output_dir", problem, output_dir)

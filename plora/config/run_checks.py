@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from plora.checkpoint.layout import SweepLayout
 from plora.config.data_checks import data_problems
-from plora.config.schema import ExportConfig, SweepConfig
+from plora.config.mistakes import Findings
+from plora.config.schema import ExportConfig, ModelConfig, SweepConfig, TokenizerConfig
 from plora.modules.config import ALL_LINEAR
-from plora.profiler.memory import DTYPE_BYTES, format_bytes, targeted
 from plora.modules.names import problem_with
+from plora.profiler.memory import DTYPE_BYTES, format_bytes, targeted
 from plora.search.trial import Trial
 
 if TYPE_CHECKING:
@@ -25,25 +27,58 @@ _STATE_BYTES = 4
 _TOKENIZER_BYTES = 80
 
 
-def check_run(config: SweepConfig, trials: Sequence[Trial], spec: ModelSpec) -> tuple[list[str], list[str]]:
+def check_run(config: SweepConfig, trials: Sequence[Trial], spec: ModelSpec | None) -> tuple[list[str], list[str]]:
     """What stands in the way of running ``trials`` on the model ``spec``, found before any weight is read.
+
+    Args:
+        config: the sweep's.
+        trials: what is trained.
+        spec: the model; None if it could not be read, which leaves out what depends on it.
 
     Returns:
         The errors, which stop the sweep, and the warnings.
     """
     errors = [f"output_dir: {problem}" for problem in output_dir_problems(config.output_dir)]
-    unknown = check_targets(trials, spec)
-    errors += unknown
     errors += data_problems(config)
-    if not unknown:
+    if spec is None:
+        return errors, []
+    misfits = model_problems(config.tokenizer, trials, spec)
+    errors += misfits
+    if not misfits:
         errors += _disk_problems(config.output_dir, required_bytes(trials, spec, config.export))
-    longest = config.tokenizer.max_seq_len
+    return errors, [] if misfits else rank_warnings(trials, spec)
+
+
+def model_problems(tokenizer: TokenizerConfig, trials: Sequence[Trial], spec: ModelSpec) -> list[str]:
+    """What does not fit the model ``spec``: target modules, lengths."""
+    errors = check_targets(trials, spec)
+    longest = tokenizer.max_seq_len
     if longest is not None and longest > spec.max_positions:
         errors.append(
             f"tokenizer.max_seq_len = {longest}: {spec.name} was trained on at most {spec.max_positions} positions; "
             f"lower it to {spec.max_positions}"
         )
-    return errors, [] if unknown else rank_warnings(trials, spec)
+    return errors
+
+
+def note_model_at_hand(
+    model: ModelConfig, tokenizer: TokenizerConfig, trials: Sequence[Trial], findings: Findings
+) -> None:
+    """Note what does not fit a model that lies in a folder, so that it comes in one list with all other mistakes.
+
+    Whatever is wrong with the checkpoint itself is found when it is looked at closely.
+    """
+    from plora.models.spec import ModelError, ModelSpec
+
+    path = Path(str(model.source)).expanduser() / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        spec = ModelSpec.from_config(content if isinstance(content, dict) else {}, source=str(model.source))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ModelError):
+        return
+    for problem in model_problems(tokenizer, trials, spec):
+        where, _, advice = problem.partition(": ")
+        findings.add(where, advice)
 
 
 def check_targets(trials: Sequence[Trial], spec: ModelSpec) -> list[str]:

@@ -102,6 +102,11 @@ class ObjectiveConfig:
         """Whether the metric is the user's own."""
         return self.metric not in METRICS
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the metric judges generated answers."""
+        return self.is_callable or self.metric == "exact_match"
+
 
 @dataclass(frozen=True)
 class GenerationConfig:

@@ -168,9 +168,15 @@ def note_contradictions(
     findings: Findings,
 ) -> None:
     """Note sections that are right one by one but not together."""
-    if objective.metric == "exact_match" and evaluation.generation is None:
-        advice = "needs evaluation.generation: an exact match compares generated answers; add it, with an `answer` rule"
+    generation = evaluation.generation
+    if objective.needs_answers and generation is None:
+        advice = "needs evaluation.generation, because it judges generated answers; add it, with an `answer` rule"
         findings.add("objective.metric", advice, objective.metric)
+    if not objective.needs_answers and generation is not None and generation.every is None:
+        findings.warn(
+            "evaluation.generation",
+            f"has no effect: {objective.metric} needs no answers; set every to watch exact_match, or another objective",
+        )
     if objective.metric == "label_accuracy":
         from plora.data.prompts import CLASSIFICATION, COMPONENTS
 
@@ -224,7 +230,7 @@ def _callable(value: str) -> str:
 def _answer(value: Any) -> str:
     """A regular expression, or the dotted name of a callable."""
     checks.text(value)
-    if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value):
+    if checks.is_dotted_name(value):
         return _callable(value)
     try:
         re.compile(value)

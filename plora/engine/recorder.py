@@ -1,8 +1,9 @@
-"""What must survive a trial: its weights on disk, its losses in the study, its end in the event log."""
+"""What must survive a trial: its weights on disk, its losses and its outcome in the study, its end in the events."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,17 +24,17 @@ class Recorder(Listener):
 
     Args:
         layout: where to.
-        study: gets each validation loss as an intermediate value.
+        study: gets each validation loss as an intermediate value, and a trial's outcome as soon as it is known.
         events: gets starts and ends.
+        objective: name of the score that is a trial's outcome.
     """
 
-    def __init__(self, layout: SweepLayout, study: SweepStudy, events: EventLog) -> None:
+    def __init__(self, layout: SweepLayout, study: SweepStudy, events: EventLog, objective: str) -> None:
         self.results: dict[str, TrialResult] = {}
         self.base_scores: dict[str, dict[str, Score]] = {}
         self.tokens = 0
-        self.padded_tokens = 0
         self.train_seconds = 0.0
-        self._layout, self._study, self._events = layout, study, events
+        self._layout, self._study, self._events, self._objective = layout, study, events, objective
 
     def close(self) -> None:
         """Nothing is left open."""
@@ -45,14 +46,13 @@ class Recorder(Listener):
     def on_round(self, record: RoundRecord) -> None:
         """See ``Listener``."""
         self.tokens += record.tokens
-        self.padded_tokens += record.padded_tokens
         self.train_seconds += record.seconds
 
     def on_eval(self, trial: Trial | None, record: EvalRecord) -> None:
         """See ``Listener``."""
         if trial is None:
             self.base_scores[record.task] = dict(record.scores)
-        elif math.isfinite(record.scores[VAL_LOSS].value):
+        elif VAL_LOSS in record.scores and math.isfinite(record.scores[VAL_LOSS].value):
             self._study.report(trial.number, record.step, record.scores[VAL_LOSS].value)
 
     def on_finish(self, trial: Trial, result: TrialResult, adapter: Adapter) -> None:
@@ -60,7 +60,24 @@ class Recorder(Listener):
         if result.status == "completed":
             save_factors(self._layout, trial, adapter)
         self.results[trial.name] = result
+        self._tell_outcome(trial, result)
         self._events.event("trial_ended", trial=trial.name, status=result.status, steps=result.steps)
+
+    def _tell_outcome(self, trial: Trial, result: TrialResult) -> None:
+        # Not left to the end of the sweep, which may never come.
+        values, errors = values_and_errors(result.scores)
+        if result.status != "completed":
+            self._study.fail(trial.number, f"{result.status} after {result.steps} steps", values)
+        elif self._objective in result.scores:
+            self._study.finish(trial.number, values[self._objective], values, errors)
+
+
+def values_and_errors(scores: Mapping[str, Score]) -> tuple[dict[str, float], dict[str, float]]:
+    """The values and the standard errors, by name, as the study stores them."""
+    return (
+        {name: score.value for name, score in scores.items()},
+        {name: score.stderr for name, score in scores.items()},
+    )
 
 
 def save_factors(layout: SweepLayout, trial: Trial, adapter: Adapter) -> None:

@@ -12,7 +12,7 @@ from plora.checkpoint.atomic import write_text
 from plora.report.info import SweepInfo
 from plora.report.leaderboard import marker, notes, snippets, verdict
 from plora.report.metrics_file import Curve
-from plora.report.results import BASE, DEFAULT, TrialSummary, is_number, varying_settings, winner
+from plora.report.results import DEFAULT, TrialSummary, is_number, title_of, varying_settings, winner
 from plora.report.style import CSS
 from plora.report.svg import (
     Axis,
@@ -124,10 +124,9 @@ def _notes(ranked: Sequence[TrialSummary], info: SweepInfo) -> str:
 
 def _name_cell(trial: TrialSummary, best: TrialSummary | None) -> str:
     mark = marker(trial, best)
-    name = "base model" if trial.is_base else trial.name
     badges = [("tied", trial.tied), (trial.state, trial.state != "complete")]
     shown = "".join(f'<span class="badge {text}">{escape(text)}</span>' for text, wanted in badges if wanted)
-    return f"<b>{escape(name)}</b>{' ' + mark if mark else ''}{shown}"
+    return f"<b>{escape(title_of(trial))}</b>{' ' + mark if mark else ''}{shown}"
 
 
 def _row_class(trial: TrialSummary, best: TrialSummary | None) -> str:
@@ -173,7 +172,7 @@ def _scatters(ranked: Sequence[TrialSummary], info: SweepInfo) -> str:
     shown = [(trial, y, error) for trial, y, error in values if is_number(y)]
     if not shown:
         return ""
-    y_axis = number_axis([float(y) for _, y, _ in shown], label)  # type: ignore[arg-type]
+    y_axis = number_axis([float(y) for _, y, _ in shown], label)
     best = winner(ranked)
     plots = []
     for name in varying_settings(trial.settings for trial in trials):
@@ -219,18 +218,17 @@ def _overview(ranked: Sequence[TrialSummary], curves: Mapping[str, Curve]) -> st
         if not trial.is_base:
             lines.append(Line(points, css, f"{trial.name}: {score(trial.val_loss)}", dots=len(points) < 20))
     lines.sort(key=lambda line: line.css != "line")  # those that stand out are drawn last
-    base = [y for _, y in curves.get(BASE, Curve()).val if math.isfinite(y)]
+    bases = [(title_of(trial), trial.val_loss) for trial in ranked if trial.is_base and is_number(trial.val_loss)]
     values = [y for line in lines for _, y in line.points if math.isfinite(y)]
     if not values:
         return ""
-    if base:
-        lines.insert(0, Line([(0, base[0]), (100, base[0])], "line base", f"base model: {score(base[0])}"))
+    lines = [Line([(0, loss), (100, loss)], "line base", f"{title}: {score(loss)}") for title, loss in bases] + lines
     shown = _without_outliers(values)
     # The base model's loss is the thing to beat, unless it is so far off that it would flatten the rest.
-    near = [loss for loss in base[:1] if loss <= max(shown) + 2 * (max(shown) - min(shown))]
+    near = [loss for _, loss in bases if loss <= max(shown) + 2 * (max(shown) - min(shown))]
     y_axis = number_axis(shown + near, "val_loss", log=False)
     key = [("best", "best adapter"), ("default", "default"), ("", "others")]
-    key += [("base", f"base model, {score(loss)}") for loss in base[:1]]
+    key += [("base", f"{title}, {score(loss)}") for title, loss in bases]
     legend = "".join(f'<span class="key {css}">{text}</span>' for css, text in key)
     drawn = plot(Axis(-2, 102, label="% of the trial's own training"), y_axis, lines, width=1100, height=340)
     return f"<figure class=wide>{drawn}<figcaption>{legend}</figcaption></figure>"

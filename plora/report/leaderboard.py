@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from plora.report.info import SweepInfo
-from plora.report.results import DEFAULT, TrialSummary, varying_settings, winner
+from plora.report.results import DEFAULT, TrialSummary, title_of, varying_settings, winner
 from plora.report.snippets import peft_snippet, vllm_snippet
 from plora.report.text import count, duration, score, setting_title, setting_value
 
 _MAX_ROWS = 25
+_FILE_WIDTH = 150
 
 
 def print_leaderboard(
@@ -29,7 +30,7 @@ def print_leaderboard(
         console: where to; None for standard output.
         max_rows: rows shown at most, besides the base model and the default trial.
     """
-    console = console or Console()
+    console = console or _console()
     console.print()
     console.print(_table(ranked, info, max_rows))
     for line in notes(ranked, info, max_rows):
@@ -46,6 +47,12 @@ def print_leaderboard(
         console.print(Text(snippet), style="cyan", soft_wrap=True)
 
 
+def _console() -> Console:
+    """Standard output; a file has no width, and rich's 80 columns would cut most words of the table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
 def marker(trial: TrialSummary, best: TrialSummary | None) -> str:
     """What sets a trial apart in the ranking: ``★`` the winner, ``≈`` tied with it."""
     if best is not None and trial.name == best.name:
@@ -59,11 +66,13 @@ def verdict(ranked: Sequence[TrialSummary], info: SweepInfo) -> str:
     assert best is not None
     said = f"Best adapter: {best.name}, {_scored(best, info)}"
     others = [trial for trial in ranked if trial is not best and (trial.is_base or trial.name == DEFAULT)]
-    compared = [f"{_title(trial)} {_scored(trial, info, named=False)}" for trial in others if _value(trial) is not None]
+    compared = [
+        f"{title_of(trial)} {_scored(trial, info, named=False)}" for trial in others if _value(trial) is not None
+    ]
     said += f" ({', '.join(compared)})." if compared else "."
     tests = [best, *(trial for trial in others if trial.test_score is not None)]
     if best.test_score is not None:
-        shown = ", ".join(f"{_title(trial)} {score(trial.test_score, trial.test_score_se)}" for trial in tests)
+        shown = ", ".join(f"{title_of(trial)} {score(trial.test_score, trial.test_score_se)}" for trial in tests)
         said += f" On the test split, which chose nothing: {shown}."
     return said
 
@@ -127,7 +136,7 @@ def _table(ranked: Sequence[TrialSummary], info: SweepInfo, max_rows: int) -> Ta
         scores += [score(trial.test_score, trial.test_score_se)] * tested
         values = [setting_value(trial.settings[name]) if name in trial.settings else "" for name in settings]
         steps = "" if trial.is_base else str(trial.steps)
-        cells = [str(places[trial.name]), marker(trial, best), _title(trial), *values, *scores, steps, _state(trial)]
+        cells = [str(places[trial.name]), marker(trial, best), title_of(trial), *values, *scores, steps, _state(trial)]
         table.add_row(*(Text(cell) for cell in cells), style=_style(trial, best))
     return table
 
@@ -135,10 +144,6 @@ def _table(ranked: Sequence[TrialSummary], info: SweepInfo, max_rows: int) -> Ta
 def _shown(ranked: Sequence[TrialSummary], max_rows: int | None) -> list[TrialSummary]:
     limit = len(ranked) if max_rows is None else max_rows
     return [trial for place, trial in enumerate(ranked) if place < limit or trial.is_base or trial.name == DEFAULT]
-
-
-def _title(trial: TrialSummary) -> str:
-    return "base model" if trial.is_base else trial.name
 
 
 def _state(trial: TrialSummary) -> str:

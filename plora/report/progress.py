@@ -95,7 +95,7 @@ class SweepProgress:
     def add_eval(self, trial: TrialProgress, val_loss: float | None) -> None:
         """Takes in a validation loss."""
         trial.val_loss = val_loss
-        if is_number(val_loss) and (trial.best_val_loss is None or val_loss < trial.best_val_loss):  # type: ignore[operator]
+        if is_number(val_loss) and (trial.best_val_loss is None or val_loss < trial.best_val_loss):
             trial.best_val_loss = val_loss
 
     def tokens_per_second(self) -> float | None:

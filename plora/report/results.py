@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from plora.checkpoint.atomic import atomic_file
 from plora.report.listener import Score
@@ -31,7 +31,7 @@ class TrialSummary:
 
     Args:
         number: the trial's number in the study; None for the base model.
-        name: the trial's name, or ``"base"``.
+        name: the trial's name; the base model's is ``"base"``, with the data set's where a sweep has several.
         state: ``complete``, ``diverged`` (its loss or gradient stopped being finite) or ``failed``.
         params: the settings that the search chose.
         settings: every setting of the trial (see ``settings_of``).
@@ -77,7 +77,7 @@ class TrialSummary:
     @property
     def is_base(self) -> bool:
         """Whether this is the base model itself."""
-        return self.name == BASE
+        return self.number is None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -121,9 +121,18 @@ def summary_of(
     )
 
 
-def base_summary(scores: Mapping[str, Score], objective: str, test: Score | None = None) -> TrialSummary:
-    """The base model's place among the trials."""
-    return TrialSummary(number=None, name=BASE, **_score_fields(scores, objective, test))
+def base_summary(
+    scores: Mapping[str, Score], objective: str, test: Score | None = None, name: str = BASE
+) -> TrialSummary:
+    """The base model's place among the trials; ``name`` tells it apart on several data sets."""
+    return TrialSummary(number=None, name=name, **_score_fields(scores, objective, test))
+
+
+def title_of(trial: TrialSummary) -> str:
+    """What readers know it as: the trial's name, or ``base model`` (and on which data set, where there are several)."""
+    if not trial.is_base:
+        return trial.name
+    return "base model" + trial.name.removeprefix(BASE).replace("-", " on ", 1)
 
 
 def _score_fields(scores: Mapping[str, Score], objective: str, test: Score | None) -> dict[str, Any]:
@@ -157,7 +166,7 @@ def varying_settings(settings: Iterable[Mapping[str, Any]]) -> list[str]:
     return [key for key, seen in values.items() if len(seen) > 1]
 
 
-def is_number(value: float | None) -> bool:
+def is_number(value: float | None) -> TypeGuard[float]:
     """Whether there is a finite value."""
     return value is not None and math.isfinite(value)
 
@@ -182,7 +191,7 @@ def leaderboard(summaries: Iterable[TrialSummary], direction: str, tied: Collect
     sign = -1.0 if direction == "maximize" else 1.0
 
     def key(trial: TrialSummary) -> tuple[Any, ...]:
-        objective = sign * trial.objective if is_number(trial.objective) else math.inf  # type: ignore[operator]
+        objective = sign * trial.objective if is_number(trial.objective) else math.inf
         val_loss = trial.val_loss if is_number(trial.val_loss) else math.inf
         number = -1 if trial.number is None else trial.number
         return STATES.index(trial.state), objective, val_loss, number, trial.name

@@ -59,7 +59,9 @@ class SweepResult:
     def _shown(self) -> pandas.DataFrame:
         """The first rows as text, without columns that are the same for all trials or of no interest here."""
         table = self.results.drop(columns=[name for name in _HIDDEN if name in self.results])
-        fixed = [name for name in table if len(table) > 1 and name != "trial" and _constant(table[name])]
+        fixed = [
+            name for name in table if len(table) > 1 and name not in ("trial", "objective") and _constant(table[name])
+        ]
         return table.drop(columns=fixed).head(_ROWS).map(_text)
 
     def _more(self) -> str:

@@ -32,6 +32,7 @@ from plora.training.records import (
     Listener,
     RoundRecord,
     Scorer,
+    Silence,
     StepRecord,
     TrialResult,
 )
@@ -82,7 +83,7 @@ class PackJob:
         self.base, self.packed, self.tasks = base, packed, tasks
         self.trials = tuple(trials)
         self.settings = settings or JobSettings()
-        self.listener = listener or Listener()
+        self.listener = listener or Silence()
         self.optimizer = PackedAdamW(packed)
         self.budget = TokenBudget(self.settings.token_budget, "training")
         self.eval_budget = TokenBudget(self.settings.eval_token_budget or self.settings.token_budget, "evaluation")
@@ -203,6 +204,8 @@ class PackJob:
     def _evaluate_base(self) -> None:
         """Score the base once per data set."""
         for task in _distinct(self.tasks[trial.name] for trial in self.trials):
+            if task.name in self.settings.base_known:
+                continue
             scores = {scorer.name: scorer.score({BASE: task})[BASE] for scorer in self._scorers}
             self.listener.on_eval(None, EvalRecord(0, 0, task.name, scores))
 

@@ -11,7 +11,7 @@ from plora.data.stream import ExampleStream
 from plora.data.types import Example, Task
 from plora.search.trial import Trial
 from plora.training.metrics import Score
-from plora.training.records import EvalRecord, Status, StepRecord, TrialResult
+from plora.training.records import VAL_LOSS, EvalRecord, Status, StepRecord, TrialResult
 from plora.training.schedule import lr_factor, warmup_steps
 
 
@@ -98,6 +98,9 @@ class LiveTrial:
             scores = {
                 name: score for each in self.evals if each.step == self.total for name, score in each.scores.items()
             }
+            # The last steps may have blown it up without being followed by enough others to be noticed.
+            if not all(math.isfinite(score.value) for name, score in scores.items() if name == VAL_LOSS):
+                self.status, scores = "diverged", {}
         return TrialResult(
             trial=self.trial,
             status=self.status,

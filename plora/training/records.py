@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from plora.data.types import Task
 from plora.modules.adapter import Adapter
@@ -41,6 +41,7 @@ class JobSettings:
         eval_every: validation loss after each such fraction of a trial's own training, and at its
             end; None for the end only.
         evaluate_base: whether the base model is evaluated once per data set before training.
+        base_known: names of data sets on which it has been evaluated already, by an earlier job.
         max_live: trials trained at the same time; the next one enters as one leaves. None for all.
         patience: steps in a row with a non-finite loss or gradient after which a trial has diverged.
         compile_loss: fuse the loss with ``torch.compile``; None for where that works and pays.
@@ -50,6 +51,7 @@ class JobSettings:
     eval_token_budget: int | None = None
     eval_every: float | None = 0.1
     evaluate_base: bool = True
+    base_known: frozenset[str] = frozenset()
     max_live: int | None = None
     patience: int = 3
     compile_loss: bool | None = None
@@ -109,7 +111,7 @@ class EvalRecord:
         step: steps done; 0 for the base.
         total: steps of its whole training; 0 for the base.
         task: name of the data set.
-        scores: by name; ``val_loss`` always.
+        scores: those due at this step, by name; at the end of a training all of them.
     """
 
     step: int
@@ -124,7 +126,8 @@ class TrialResult:
 
     Args:
         trial: the trial.
-        status: ``completed``, or ``diverged`` after too many non-finite steps in a row.
+        status: ``completed``, or ``diverged`` after too many non-finite steps in a row, or with a validation loss
+            at its end that is not finite.
         steps: steps done, skipped ones included.
         total_steps: steps of its whole training.
         tokens: tokens trained on.
@@ -145,8 +148,8 @@ class TrialResult:
     evals: tuple[EvalRecord, ...] = ()
 
 
-class Listener:
-    """What a job tells while it runs; override what you need.
+class Listener(Protocol):
+    """What a job tells while it runs; derive from it and override what you need.
 
     Called on the training thread. Steps are told one round late, because the job does not wait for
     the device. What a listener raises stops the job.
@@ -154,15 +157,24 @@ class Listener:
 
     def on_start(self, trial: Trial, total_steps: int) -> None:
         """A trial has entered the pack."""
+        return
 
     def on_step(self, trial: Trial, record: StepRecord) -> None:
         """A trial has made a step."""
+        return
 
     def on_round(self, record: RoundRecord) -> None:
         """All steps of a round have been told."""
+        return
 
     def on_eval(self, trial: Trial | None, record: EvalRecord) -> None:
         """A trial, or the base model where None, has been evaluated."""
+        return
 
     def on_finish(self, trial: Trial, result: TrialResult, adapter: Adapter) -> None:
         """A trial has ended; its adapter leaves the pack when this returns."""
+        return
+
+
+class Silence(Listener):
+    """Listens to nothing."""

@@ -29,9 +29,11 @@ def _assert_same_trajectory(one: toy.Recorder, other: toy.Recorder, trial: Trial
     assert (one.flat(trial.name) - other.flat(trial.name)).norm() / other.flat(trial.name).norm() < 1e-4
 
 
-def test_packed_training_follows_training_alone(base: BaseModel, together: Callable[[str], toy.Recorder]) -> None:
+def test_packed_training_follows_training_alone(
+    folders: dict[str, Path], family: str, together: Callable[[str], toy.Recorder]
+) -> None:
     trials, tasks = toy.mixed_trials()
-    packed = together("llama")
+    packed, base = together(family), toy.load(folders[family])
     for trial in trials:
         alone, _ = toy.train(base, [trial], tasks, token_budget=64)
         _assert_same_trajectory(packed, alone, trial)

@@ -1,0 +1,115 @@
+"""Which trials train together under the device's free memory, and what that should cost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plora.checkpoint.atomic import atomic_file
+from plora.config.schema import SweepConfig
+from plora.data.types import Task
+from plora.models import ModelSpec
+from plora.planner import Packing, choose_checkpointing, load_trials, pack_trials
+from plora.profiler import MemoryModel, format_bytes, host_free_bytes
+from plora.training.loss import can_compile, chunk_rows
+
+log = logging.getLogger(__name__)
+
+# Packed generation is planned with room for this many rows at full length.
+_GENERATION_ROWS = 32
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The packs of a sweep.
+
+    Args:
+        device: where they run, one after another.
+        memory: the memory model they were made with; it says whether activations are recomputed.
+        packing: the packs.
+        free_bytes: bytes free on the device before anything was loaded.
+    """
+
+    device: torch.device
+    memory: MemoryModel
+    packing: Packing
+    free_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of all packs, start-up left out."""
+        return sum(pack.seconds for pack in self.packing.packs)
+
+
+def make_plan(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task], device: torch.device) -> SweepPlan:
+    """Pack the trials.
+
+    Args:
+        config: the sweep's.
+        spec: the base model's shape.
+        tasks: the data of each trial, by its name.
+        device: where to train.
+
+    Raises:
+        ValueError: with the numbers, if a trial does not fit even alone.
+    """
+    loads = load_trials(config.trials, spec, lambda trial: [len(example) for example in tasks[trial.name].train])
+    memory = MemoryModel(
+        spec,
+        dtype=config.model.compute_dtype,
+        activation_checkpointing=config.model.activation_checkpointing is True,
+        device=device.type,
+        quantize=config.model.quantize,
+        loss_chunk=chunk_rows(spec.vocab_size, device),
+        compiled=can_compile(device),
+    )
+    packing = config.packing
+    options: dict[str, Any] = {
+        "token_budget": None if isinstance(packing.tokens_per_microbatch, str) else packing.tokens_per_microbatch,
+        "max_adapters": packing.max_adapters,
+        "generation": _generation_size(config, tasks),
+        "solver": packing.solver.lower(),
+        "time_limit": packing.time_limit,
+    }
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
+    usable = int(free * packing.memory_fraction)
+    if config.model.activation_checkpointing == "auto":
+        return SweepPlan(device, *choose_checkpointing(loads, memory, usable, **options), free)
+    return SweepPlan(device, memory, pack_trials(loads, memory, usable, **options), free)
+
+
+def write_plan(path: Path, plan: SweepPlan) -> None:
+    """Write ``plan.json``."""
+    packs = [asdict(pack) | {"total_bytes": pack.memory.total} for pack in plan.packing.packs]
+    content = {"version": 1, "free_bytes": plan.free_bytes, "method": plan.packing.method, "packs": packs}
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def log_plan(plan: SweepPlan) -> None:
+    """Say which packs there are, and what each should need."""
+    packs = plan.packing.packs
+    recompute = ", activations recomputed" if plan.memory.activation_checkpointing else ""
+    n_trials, plural = sum(len(pack.trials) for pack in packs), "s" * (len(packs) > 1)
+    log.info("%d trials in %d pack%s on %s%s", n_trials, len(packs), plural, plan.device, recompute)
+    for number, pack in enumerate(packs, start=1):
+        log.info(
+            "pack %d: %d trials, up to %d tokens a microbatch, %s of %s free: %s",
+            number, len(pack.trials), pack.tokens, format_bytes(pack.memory.total), format_bytes(plan.free_bytes),
+            pack.memory.describe(),
+        )  # fmt: skip
+
+
+def _generation_size(config: SweepConfig, tasks: Mapping[str, Task]) -> tuple[int, int]:
+    """Rows and length of packed generation; ``(0, 0)`` where none is asked for."""
+    generation = config.evaluation.generation
+    if generation is None:
+        return 0, 0
+    prompts = [len(example.prompt) for task in tasks.values() for example in (*task.val, *task.test)]
+    return _GENERATION_ROWS, max(prompts) + generation.max_new_tokens
