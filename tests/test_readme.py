@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -198,3 +199,9 @@ def test_output_directory_is_told_as_it_is(tmp_path: Path) -> None:
         assert re.search(rf"^  {path.name}/", listing, flags=re.MULTILINE)
     assert "trials/<name>/adapter/" in listing
     assert layout.adapter("t").relative_to(tmp_path).as_posix() == "trials/t/adapter"
+
+
+def test_the_performance_table_is_made_from_the_stored_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module("table").markdown(ROOT / "benchmarks" / "results" / "step_h100.json")
+    assert table in README, "run `python benchmarks/table.py benchmarks/results/step_h100.json` and paste its output"

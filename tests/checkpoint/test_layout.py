@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 import optuna
 import pytest
@@ -64,7 +64,7 @@ def test_event_log_times_are_utc(tmp_path):
         log.event("trial_finished", trial="t001", val_loss=float("nan"))
     (record,) = read_jsonl(tmp_path / "events.jsonl")
     assert (record["event"], record["trial"], record["val_loss"]) == ("trial_finished", "t001", None)
-    assert abs((datetime.now(UTC) - datetime.fromisoformat(record["time"])).total_seconds()) < 60
+    assert abs((datetime.now(timezone.utc) - datetime.fromisoformat(record["time"])).total_seconds()) < 60
 
 
 def test_layout_needs_no_torch():

@@ -1,0 +1,39 @@
+"""A Markdown table of stored figures: ``python benchmarks/table.py benchmarks/results/step_h100.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def markdown(path: str | Path) -> str:
+    """One row a case and provider, one column a metric, the provenance below."""
+    rows = json.loads(Path(path).read_text())
+    metrics = {row["metric"]: row["unit"] for row in rows}
+    figures: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        figures.setdefault((row["case"], row["provider"]), {})[row["metric"]] = row["value"]
+    head = ["case", "provider", *(f"{_words(name)} ({unit})" for name, unit in metrics.items())]
+    lines = [head, ["---", "---", *["---:"] * len(metrics)]]
+    lines += [
+        [case, provider, *(_shown(values.get(metric)) for metric in metrics)]
+        for (case, provider), values in figures.items()
+    ]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    first = rows[0]
+    return f"{table}\n\n{first['device']}, torch {first['torch']}, commit {first['commit']}, {first['date']}."
+
+
+def _words(metric: str) -> str:
+    return metric.removeprefix("tokens_per_s_").removesuffix("_gib").replace("_", " ")
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    print(markdown(sys.argv[1]))
