@@ -42,7 +42,7 @@ def export_best(
             trial.adapter,
             base.hf_name,
             base.export_rows,
-            base_name=str(base.spec.source or config.model.source),
+            base_name=base.loadable_name,
             revision=base.spec.commit,
             dtype=config.export.dtype,
             tokenizer=tokenizer.hf,

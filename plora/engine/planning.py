@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from plora.config.schema import SweepConfig
 from plora.data.types import Task
 from plora.models import ModelSpec
 from plora.planner import Packing, choose_checkpointing, load_trials, pack_trials
-from plora.profiler import MemoryModel, format_bytes, host_free_bytes
+from plora.profiler import MemoryModel, TimeModel, estimate, find_gpu, format_bytes, host_free_bytes
+from plora.profiler.time import default_time
 from plora.training.loss import can_compile, chunk_rows
 
 log = logging.getLogger(__name__)
@@ -79,9 +81,10 @@ def make_plan(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task], d
     }
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
     usable = int(free * packing.memory_fraction)
+    time = _time_models(device)
     if config.model.activation_checkpointing == "auto":
-        return SweepPlan(device, *choose_checkpointing(loads, memory, usable, **options), free)
-    return SweepPlan(device, memory, pack_trials(loads, memory, usable, **options), free)
+        return SweepPlan(device, *choose_checkpointing(loads, memory, usable, time=time, **options), free)
+    return SweepPlan(device, memory, pack_trials(loads, memory, usable, time=time(memory), **options), free)
 
 
 def write_plan(path: Path, plan: SweepPlan) -> None:
@@ -104,6 +107,19 @@ def log_plan(plan: SweepPlan) -> None:
             number, len(pack.trials), pack.tokens, format_bytes(pack.memory.total), format_bytes(plan.free_bytes),
             pack.memory.describe(),
         )  # fmt: skip
+
+
+def _time_models(device: torch.device) -> Callable[[MemoryModel], TimeModel]:
+    """From a memory model to the time model of ``device``, from its data sheet where there is one."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        try:
+            gpu = find_gpu(name)
+        except ValueError:
+            log.warning("no data sheet of a %s: times are predicted as if it were another GPU", name)
+        else:
+            return partial(estimate, gpu)
+    return default_time
 
 
 def _generation_size(config: SweepConfig, tasks: Mapping[str, Task]) -> tuple[int, int]:

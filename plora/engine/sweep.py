@@ -173,7 +173,7 @@ class Sweep:
         return SweepInfo(
             name=config.output_dir.resolve().name,
             output_dir=config.output_dir,
-            base_name=str(spec.source or config.model.source),
+            base_name=self.base.loadable_name,
             base_revision=spec.commit,
             objective=config.objective.metric,
             direction=config.objective.direction,

@@ -48,6 +48,12 @@ class BaseModel(ABC):
         return self.embedding.weight.device
 
     @property
+    def loadable_name(self) -> str:
+        """What transformers, peft and vLLM load it by: the hub id, or the folder where it has none."""
+        is_local = self.folder is not None and self.spec.commit is None
+        return str(self.folder) if is_local else self.spec.source or self.spec.name
+
+    @property
     @abstractmethod
     def embedding(self) -> nn.Embedding:
         """The token embeddings."""
