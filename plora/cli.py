@@ -29,8 +29,8 @@ class Recipe(Protocol):
     def setup(self) -> None:
         """Check and load."""
 
-    def plan(self) -> None:
-        """Decide what runs where."""
+    def plan(self) -> bool:
+        """Decide what runs where; False where nothing is to follow."""
 
     def run(self) -> None:
         """Train."""
@@ -90,12 +90,13 @@ def run_recipe(make: Callable[[SweepConfig], Recipe], arguments: Sequence[str] |
 def _take_steps(recipe: Recipe) -> int:
     try:
         recipe.setup()
-        recipe.plan()
+        goes_on = recipe.plan()
     except ValueError as error:  # before training, these are about the model, the data or the device asked for
         logger.debug("setup failed", exc_info=True)
         return _complain(error)
-    recipe.run()
-    recipe.report()
+    if goes_on:
+        recipe.run()
+        recipe.report()
     return 0
 
 

@@ -32,9 +32,9 @@ class SweepRecipe:
         """Check everything against the model, the data and the disk; then load them."""
         self._sweep.setup()
 
-    def plan(self) -> None:
-        """Decide which trials train together."""
-        self._sweep.plan()
+    def plan(self) -> bool:
+        """Decide which trials train together; False where only the plan was asked for."""
+        return self._sweep.plan()
 
     def run(self) -> None:
         """Train and score every trial."""

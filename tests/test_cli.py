@@ -23,14 +23,17 @@ class FakeSweep:
     steps: ClassVar[list[str]] = []
     fails: ClassVar[dict[str, BaseException]] = {}
 
+    goes_on = True
+
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def __getattr__(self, step: str) -> Any:
-        def take() -> None:
+        def take() -> bool:
             self.steps.append(step)
             if step in self.fails:
                 raise self.fails[step]
+            return self.goes_on
 
         return take
 
@@ -67,6 +70,14 @@ def test_run_takes_the_steps_in_order(sweep: type[FakeSweep], config_file: Path,
         status = importlib.import_module("plora_sweep").main(arguments)
     assert status == 0
     assert sweep.steps == STEPS
+
+
+def test_a_plan_alone_is_not_followed_by_training(
+    sweep: type[FakeSweep], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "goes_on", False)
+    assert cli.main(["run", "--config", str(config_file), "~search"]) == 0
+    assert sweep.steps == ["setup", "plan", "cleanup"]
 
 
 def test_overrides_reach_the_recipe(sweep: type[FakeSweep], config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,11 @@ class SweepLayout:
         return self.root / "plan.json"
 
     @property
+    def plan_page(self) -> Path:
+        """The preview of a plan as a page."""
+        return self.root / "plan.html"
+
+    @property
     def study(self) -> Path:
         """Optuna's database."""
         return self.root / "study.db"

@@ -37,6 +37,8 @@ KEYS = (
     "export",
     "packing",
     "metric_logger",
+    "plan_only",
+    "hardware",
 )
 
 
@@ -82,9 +84,11 @@ def _interpret(raw: dict[str, Any], findings: Findings, new_sweep: bool) -> Swee
     dataset_val = sections.read_optional_data(root, "dataset_val")
     dataset_test = sections.read_optional_data(root, "dataset_test")
     loggers = sections.read_metric_loggers(root)
+    plan_only = root.read("plan_only", checks.boolean, False)
+    hardware = sections.read_hardware(root, plan_only)
     note_data_at_hand(datasets, dataset_val, dataset_test, findings)
     note_model_at_hand(model, tokenizer, trials, findings)
-    if output_dir is not None and new_sweep:
+    if output_dir is not None and new_sweep and not plan_only:
         for problem in output_dir_problems(Path(output_dir)):
             findings.add("output_dir", problem, output_dir)
     if findings.mistakes:
@@ -104,6 +108,8 @@ def _interpret(raw: dict[str, Any], findings: Findings, new_sweep: bool) -> Swee
         evaluation=evaluation,
         export=export,
         packing=packing,
+        plan_only=plan_only,
+        hardware=hardware,
         metric_loggers=loggers,
         trials=trials,
         warnings=tuple(findings.warnings),

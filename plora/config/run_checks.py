@@ -38,13 +38,15 @@ def check_run(config: SweepConfig, trials: Sequence[Trial], spec: ModelSpec | No
     Returns:
         The errors, which stop the sweep, and the warnings.
     """
-    errors = [f"output_dir: {problem}" for problem in output_dir_problems(config.output_dir)]
+    errors = []
+    if not config.plan_only:
+        errors += [f"output_dir: {problem}" for problem in output_dir_problems(config.output_dir)]
     errors += data_problems(config)
     if spec is None:
         return errors, []
     misfits = model_problems(config.tokenizer, trials, spec)
     errors += misfits
-    if not misfits:
+    if not misfits and not config.plan_only:
         errors += _disk_problems(config.output_dir, required_bytes(trials, spec, config.export))
     return errors, [] if misfits else rank_warnings(trials, spec)
 

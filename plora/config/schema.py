@@ -180,6 +180,19 @@ class PackingConfig:
 
 
 @dataclass(frozen=True)
+class HardwareConfig:
+    """Devices to plan for, which need not be here.
+
+    Args:
+        gpu: name of a data sheet, such as ``a100_40gb`` or ``h100``.
+        count: how many.
+    """
+
+    gpu: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """A whole sweep, checked.
 
@@ -192,6 +205,8 @@ class SweepConfig:
         datasets: the training data, by name; a single ``dataset:`` is called ``"dataset"``.
         dataset_val: what the validation data changes in it; None splits some off.
         dataset_test: what the test data changes in it; None for no test data.
+        plan_only: show what would run where and for how long, and train nothing.
+        hardware: the devices to plan for; None for those here.
         metric_loggers: trackers, as ``{"_component_": dotted name, **arguments}``.
         trials: what is trained; the first is the default.
         warnings: settings that have no effect, or not the one they seem to have.
@@ -212,6 +227,8 @@ class SweepConfig:
     evaluation: EvaluationConfig
     export: ExportConfig
     packing: PackingConfig
+    plan_only: bool
+    hardware: HardwareConfig | None
     metric_loggers: tuple[Mapping[str, Any], ...]
     trials: tuple[Trial, ...]
     warnings: tuple[str, ...]

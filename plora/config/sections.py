@@ -18,12 +18,14 @@ from plora.config.schema import (
     EvaluationConfig,
     ExportConfig,
     GenerationConfig,
+    HardwareConfig,
     ModelConfig,
     ObjectiveConfig,
     PackingConfig,
     TokenizerConfig,
 )
 from plora.config.section import Section
+from plora.profiler.hardware import find_gpu
 
 _DIRECTIONS = {"val_loss": "minimize", "exact_match": "maximize", "label_accuracy": "maximize"}
 _fraction = checks.optional(checks.real(above=0, high=1))
@@ -145,6 +147,21 @@ def read_packing(root: Section) -> PackingConfig:
         solver=section.read("solver", checks.one_of("auto", "HiGHS", "CBC"), "auto"),
         time_limit=section.read("time_limit", checks.real(above=0), 10.0),
     )
+
+
+def read_hardware(root: Section, plan_only: bool) -> HardwareConfig | None:
+    """``hardware:``, which only a plan can be made for."""
+    if "hardware" not in root:
+        return None
+    section = root.section("hardware", _fields(HardwareConfig))
+    if not plan_only:
+        section.findings.add("hardware", "a sweep trains on what is here: set plan_only=true, or remove it")
+    gpu, count = section.read("gpu", _data_sheet), section.read("count", checks.whole(1), 1)
+    return None if gpu is None else HardwareConfig(gpu, count)
+
+
+def _data_sheet(value: Any) -> str:
+    return find_gpu(checks.text(value)).name
 
 
 def read_metric_loggers(root: Section) -> tuple[dict[str, Any], ...]:

@@ -23,8 +23,11 @@ def sweep(config: str | Path | Mapping[str, Any], **overrides: Any) -> SweepResu
 
     Raises:
         ConfigError: with every mistake found, before anything expensive.
+        ValueError: for ``plan_only``, which has no results.
     """
     running = Sweep(load(config, {key.replace("__", "."): value for key, value in overrides.items()}))
+    if running.config.plan_only:
+        raise ValueError("plan_only shows a plan on the terminal and has no results: use `plora run`, or leave it out")
     try:
         running.setup()
         running.plan()

@@ -16,7 +16,7 @@ from plora.checkpoint.atomic import atomic_file
 from plora.config.schema import SweepConfig
 from plora.data.types import Task
 from plora.models import ModelSpec
-from plora.planner import Packing, choose_checkpointing, load_trials, pack_trials
+from plora.planner import Load, Packing, choose_checkpointing, load_trials, pack_trials
 from plora.profiler import MemoryModel, TimeModel, estimate, find_gpu, format_bytes, host_free_bytes
 from plora.profiler.time import default_time
 from plora.training.loss import can_compile, chunk_rows
@@ -61,8 +61,34 @@ def make_plan(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task], d
     Raises:
         ValueError: with the numbers, if a trial does not fit even alone.
     """
-    loads = load_trials(config.trials, spec, lambda trial: [len(example) for example in tasks[trial.name].train])
-    memory = MemoryModel(
+    loads, memory, packing = loads_of(config, spec, tasks), memory_model(config, spec, device), config.packing
+    options = limits(config, tasks) | {"solver": packing.solver.lower(), "time_limit": packing.time_limit}
+    free = free_bytes(device)
+    usable = int(free * packing.memory_fraction)
+    time = time_models(device)
+    if config.model.activation_checkpointing == "auto":
+        return SweepPlan(device, *choose_checkpointing(loads, memory, usable, time=time, **options), free)
+    return SweepPlan(device, memory, pack_trials(loads, memory, usable, time=time(memory), **options), free)
+
+
+def loads_of(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task]) -> list[Load]:
+    """The trials as the planner sees them."""
+    return load_trials(config.trials, spec, lambda trial: [len(example) for example in tasks[trial.name].train])
+
+
+def limits(config: SweepConfig, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """What every planner is told of ``packing:`` and of generation."""
+    tokens = config.packing.tokens_per_microbatch
+    return {
+        "token_budget": None if isinstance(tokens, str) else tokens,
+        "max_adapters": config.packing.max_adapters,
+        "generation": _generation_size(config, tasks),
+    }
+
+
+def memory_model(config: SweepConfig, spec: ModelSpec, device: torch.device) -> MemoryModel:
+    """The memory model of the sweep's base on ``device``."""
+    return MemoryModel(
         spec,
         dtype=config.model.compute_dtype,
         activation_checkpointing=config.model.activation_checkpointing is True,
@@ -71,20 +97,11 @@ def make_plan(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task], d
         loss_chunk=chunk_rows(spec.vocab_size, device),
         compiled=can_compile(device),
     )
-    packing = config.packing
-    options: dict[str, Any] = {
-        "token_budget": None if isinstance(packing.tokens_per_microbatch, str) else packing.tokens_per_microbatch,
-        "max_adapters": packing.max_adapters,
-        "generation": _generation_size(config, tasks),
-        "solver": packing.solver.lower(),
-        "time_limit": packing.time_limit,
-    }
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
-    usable = int(free * packing.memory_fraction)
-    time = _time_models(device)
-    if config.model.activation_checkpointing == "auto":
-        return SweepPlan(device, *choose_checkpointing(loads, memory, usable, time=time, **options), free)
-    return SweepPlan(device, memory, pack_trials(loads, memory, usable, time=time(memory), **options), free)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free on ``device`` now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
 
 
 def write_plan(path: Path, plan: SweepPlan) -> None:
@@ -109,7 +126,7 @@ def log_plan(plan: SweepPlan) -> None:
         )  # fmt: skip
 
 
-def _time_models(device: torch.device) -> Callable[[MemoryModel], TimeModel]:
+def time_models(device: torch.device) -> Callable[[MemoryModel], TimeModel]:
     """From a memory model to the time model of ``device``, from its data sheet where there is one."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -16,6 +16,7 @@ from plora.engine.checks import check_sweep
 from plora.engine.export import export_best
 from plora.engine.logs import SweepLog
 from plora.engine.planning import log_plan, make_plan, write_plan
+from plora.engine.preview import preview, show_preview
 from plora.engine.ranking import Ranking
 from plora.engine.recorder import Recorder
 from plora.engine.scoring import Objective, SavedAdapters
@@ -70,18 +71,25 @@ class Sweep:
             log.warning("%s", warning)
         self.tasks = load_tasks(self.config, self.checked.tokenizer)
 
-    def plan(self) -> None:
+    def plan(self) -> bool:
         """Decide which trials train together under the device's free memory; then load the base, and open the outputs.
 
         The outputs come last, so that a sweep that cannot start leaves nothing that the next one would not overwrite.
 
+        Returns:
+            Whether to go on: False where only the plan was asked for, which has then been shown.
+
         Raises:
             ValueError: with the numbers, if a trial does not fit even alone; if the base cannot be loaded.
         """
+        if self.config.plan_only:
+            show_preview(preview(self.config, self.checked.spec, self.tasks, self.checked.device), self.layout)
+            return False
         self.planned = make_plan(self.config, self.checked.spec, self.tasks, self.checked.device)
         log_plan(self.planned)
         self.base = self._load_base()
         self._open_outputs()
+        return True
 
     def run(self) -> None:
         """Train every pack, then score what the objective needs, on validation data and once on test data."""

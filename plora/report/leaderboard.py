@@ -126,7 +126,7 @@ def _table(ranked: Sequence[TrialSummary], info: SweepInfo, max_rows: int) -> Ta
         *["val_loss"] * other_loss,
         *["test"] * tested,
     ]:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("steps", justify="right")
     table.add_column("state")
     places = {trial.name: place for place, trial in enumerate(ranked, start=1)}

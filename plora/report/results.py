@@ -274,7 +274,7 @@ def to_dataframe(ranked: Sequence[TrialSummary]) -> pandas.DataFrame:
 
     rows = table_rows(ranked)
     table = pandas.DataFrame(rows)
-    for name in table:
+    for name in table.columns.astype(str):
         known = [row[name] for row in rows if row[name] is not None]
         if known and all(type(value) is int for value in known):
             table[name] = table[name].astype("Int64")  # or one missing value would turn ranks into 8.0

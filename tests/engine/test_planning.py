@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from plora.engine.planning import _time_models
+from plora.engine.planning import time_models
 from plora.models.spec import ModelSpec
 from plora.profiler import MemoryModel
 
@@ -19,10 +19,10 @@ def test_times_of_a_gpu_come_from_its_data_sheet(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     memory = MemoryModel(ModelSpec.preset("Qwen/Qwen2.5-7B-Instruct"), device="cuda")
     with caplog.at_level(logging.WARNING):
-        assert _time_models(torch.device("cuda"))(memory).device == device
+        assert time_models(torch.device("cuda"))(memory).device == device
     assert (name in caplog.text) == (device != "h100")
 
 
 def test_times_of_a_cpu() -> None:
     memory = MemoryModel(ModelSpec.preset("Qwen/Qwen2.5-7B-Instruct"), device="cpu")
-    assert _time_models(torch.device("cpu"))(memory).device == "cpu"
+    assert time_models(torch.device("cpu"))(memory).device == "cpu"

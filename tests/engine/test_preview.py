@@ -1,0 +1,59 @@
+"""``plan_only``: the plan is shown, for the devices here or others, and nothing is trained or written beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import plora
+from tests.engine import tiny
+
+
+def test_plan_for_this_machine_leaves_the_directory_free(
+    settings: Callable[..., tiny.Tree], command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = settings()
+    assert command(tree, "plan_only=true") == 0
+    shown = capsys.readouterr().out
+    assert "on 1 x cpu" in shown
+    assert "4 trials in 1 job" in shown
+    assert "Against the best one-at-a-time training" in shown
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.txt", "plan.html"}
+    assert command(tree, "trial.max_steps=1") == 0  # the sweep itself can still run there
+
+
+def test_plan_for_devices_that_are_not_here(
+    settings: Callable[..., tiny.Tree], command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hardware = ["plan_only=true", "hardware.gpu=a100_40gb", "hardware.count=2"]
+    assert command(settings(), *hardware) == 0
+    shown = capsys.readouterr().out
+    assert "on 2 x a100_40gb" in shown
+    assert "GPU 1 " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hardware.gpu=h100"], "set plan_only=true"),
+        (["plan_only=true", "hardware.gpu=h900"], "no data sheet for the GPU 'h900'"),
+        (["plan_only=true", "hardware.gpu=h100", "hardware.count=0"], "hardware.count = 0"),
+        (["plan_only=true", "hardware.gpus=h100"], "did you mean 'gpu'"),
+    ],
+)
+def test_mistakes(
+    settings: Callable[..., tiny.Tree],
+    command: Callable[..., int],
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(settings(), *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_from_python_has_results_or_is_refused(settings: Callable[..., tiny.Tree]) -> None:
+    with pytest.raises(ValueError, match="plan_only"):
+        plora.sweep(settings(), plan_only=True)
