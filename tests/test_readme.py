@@ -76,7 +76,7 @@ def test_yaml_loads(raw: dict[str, Any], tmp_path: Path) -> None:
 
 def test_the_whole_example_has_every_section_and_no_warning(tmp_path: Path) -> None:
     assert len(WHOLE) == 1
-    assert set(KEYS) - {"datasets"} == set(WHOLE[0])
+    assert set(KEYS) - {"datasets", "hardware"} == set(WHOLE[0])
     (tmp_path / "my.yaml").write_text(next(block for block in fences("yaml") if "output_dir:" in block))
     config = load(tmp_path / "my.yaml", [f"output_dir={tmp_path / 'run'}"])
     assert config.warnings == ()

@@ -10,7 +10,7 @@ from plora.config.components import COMPONENT
 from plora.config.mistakes import Findings
 from plora.config.schema import SearchConfig
 from plora.config.section import Section
-from plora.search.samplers import LIST, drawn_trials, list_trials, make_sampler
+from plora.search.samplers import LIST, MOST_TRIALS, drawn_trials, list_trials, make_sampler
 from plora.search.settings import DEFAULTS, merge, read_settings
 from plora.search.space import decode, grid_values, parse_space
 from plora.search.trial import Trial
@@ -33,7 +33,7 @@ def read_trials(root: Section, seed: int, datasets: Mapping[str, Any]) -> tuple[
     sampler, options = _sampler(section)
     space = parse_space(section.section("space", None).raw, section.at("space"), findings)
     entries = _entries(section)
-    n_trials = section.read("n_trials", checks.optional(checks.whole(1)), None)
+    n_trials = section.read("n_trials", checks.optional(checks.whole(1, MOST_TRIALS)), None)
     search = SearchConfig(sampler=sampler, sampler_options=options, n_trials=n_trials, space=space)
     _note_dataset_names(default, search, entries, datasets, findings)
     _note_contradictions(section, search, len(entries))

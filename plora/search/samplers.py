@@ -24,7 +24,7 @@ LIST = "list"
 # These propose without looking at results; the others learn from them, and here there are none to learn from.
 _RESULT_FREE = ("GridSampler", "RandomSampler", "QMCSampler")
 _DRAWS_PER_TRIAL = 200
-_LARGEST_GRID = 10_000
+MOST_TRIALS = 10_000
 
 
 def list_trials(default: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], findings: Findings) -> list[Trial]:
@@ -130,7 +130,7 @@ def make_sampler(
         grid = _grid(space, findings)
         if grid is None:
             return None
-        if n_combinations(space) > _LARGEST_GRID:
+        if n_combinations(space) > MOST_TRIALS:
             advice = f"the grid has {n_combinations(space):.3g} combinations: list fewer values, or draw at random"
             findings.add("search.space", advice)
             return None

@@ -77,6 +77,7 @@ BAD = [
     ("search.sampler", "grid", r"search\.space\.lr: a grid needs a list"),
     ("search.sampler", "list", r"search\.trials: is missing"),
     ("search.n_trials", 0, r"search\.n_trials = 0"),
+    ("search.n_trials", 10**12, r"search\.n_trials = 1000000000000"),
     ("search.n_trials", None, r"search\.n_trials: is missing"),
     ("search.trials", [{"rank": 4}], r"cannot be given beside search\.trials"),
     ("search", {"trials": [{"rank": 4}, {"rank": 4}]}, r"search\.trials\[1\].*same settings as search\.trials\[0\]"),
