@@ -12,14 +12,10 @@ event-driven); and the baselines of plora.planner.baselines.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +29,7 @@ from plora.planner.job_planner import plan_jobs
 from plora.planner.jobs import Workshop, makespan
 from plora.planner.solver import choose_solver
 from plora.profiler import GPUS, MemoryModel
+from records import Records
 
 MODELS = {
     "qwen2_5_3b": "Qwen/Qwen2.5-3B",
@@ -139,11 +136,6 @@ def show(results: dict[str, list[tuple[str, str, float, str]]]) -> None:
     Console(width=170).print(table)
 
 
-def commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else "uncommitted"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the records here")
@@ -155,22 +147,11 @@ def main() -> None:
         chosen = chosen[:3]
     results = {case.name: measure(case) for case in chosen}
     show(results)
-    if options.json:
-        about = {
-            "device": f"planned on {os.cpu_count()} cores, {platform.machine()}",
-            "torch": importlib.metadata.version("torch"),
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
-            "notes": "makespans predicted with data-sheet cost models",
-        }
-        records = [
-            {"bench": "planner", "case": name, "provider": p, "metric": m, "value": value, "unit": unit, **about}
-            for name, rows in results.items()
-            for p, m, value, unit in rows
-        ]
-        with open(options.json, "w") as file:
-            json.dump(records, file, indent=1)
-            file.write("\n")
+    records = Records("planner", f"planned on {os.cpu_count()} cores, {platform.machine()}")
+    for name, rows in results.items():
+        for provider, metric, value, unit in rows:
+            records.add(name, provider, metric, value, unit, "makespans predicted with data-sheet cost models")
+    records.write(options.json)
 
 
 if __name__ == "__main__":
