@@ -134,7 +134,7 @@ class Adapter(nn.Module):
                 if mine.shape != theirs.shape:
                     raise ValueError(f"{name} of {path} has shape {list(theirs.shape)}, expected {list(mine.shape)}")
                 mine.copy_(theirs)
-        self._arena.refresh()
+        self._arena.refresh(self.range)
 
     def _view(self, flat: torch.Tensor, factor: Factor) -> torch.Tensor:
         start = self.start + factor.start

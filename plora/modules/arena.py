@@ -80,10 +80,10 @@ class Arena:
                 merged.append((begin, length))
         self._free = merged
 
-    def refresh(self) -> None:
-        """Copy the weights into the shadow."""
+    def refresh(self, span: slice = slice(None)) -> None:
+        """Copy the weights of ``span`` into the shadow."""
         if self.shadow is not self.weight:
-            self.shadow.copy_(self.weight)
+            self.shadow[span].copy_(self.weight[span])
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take everything to another device or compute dtype."""

@@ -144,7 +144,7 @@ class PackedAdapters(nn.Module):
                 row[slot] = adapter.start + adapter.layout.a[target.path].start
                 row[self.capacity + slot] = adapter.start + adapter.layout.b[target.path].start
         self._shared.max_rank = max(self._shared.max_rank, _columns(config.rank))
-        self.arena.refresh()
+        self.arena.refresh(adapter.range)
         if self.arena.numel != numel:
             self._bind()
         return slot

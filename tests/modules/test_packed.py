@@ -254,6 +254,17 @@ def test_tables_grow_beyond_capacity():
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_the_shadow_of_a_new_or_loaded_adapter_is_up_to_date():
+    model = Toy().to(torch.bfloat16)
+    packed = pack_adapters(model, CONFIGS)
+    packed.remove(1)
+    slot = packed.add(AdapterConfig(rank=3, seed=9))
+    assert torch.equal(packed.arena.shadow, packed.arena.weight.bfloat16())
+    factors = {path: (a + 1, b + 2) for path, (a, b) in packed.adapters[slot].factors().items()}
+    packed.adapters[slot].load_factors(factors)
+    assert torch.equal(packed.arena.shadow, packed.arena.weight.bfloat16())
+
+
 def test_cast_and_copy():
     model, packed = packed_toy()
     other = copy.deepcopy(model).to(torch.bfloat16)
