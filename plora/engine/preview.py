@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,10 +15,9 @@ from plora.config.schema import SweepConfig
 from plora.data.types import Task
 from plora.engine.planning import free_bytes, limits, loads_of, memory_model, time_models
 from plora.models import ModelSpec
-from plora.planner import Load, Plan, Problem, make_plan, plan_on
+from plora.planner import Plan, plan_on
 from plora.planner.preview import render, to_html
-from plora.profiler import find_gpu
-from plora.profiler.time import one_at_a_time
+from plora.profiler import GPU, MemoryModel, TimeModel, find_gpu
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +38,30 @@ def preview(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task], dev
     Raises:
         ValueError: with the numbers, if a trial does not fit even alone.
     """
-    loads, options = loads_of(config, spec, tasks), limits(config, tasks)
-    solver = config.packing.solver.lower()
+    gpu: GPU | None = None
+    time: Callable[[MemoryModel], TimeModel] | None = time_models(device)
+    memory, count, free = memory_model(config, spec, device), 1, free_bytes(device)
     if config.hardware is not None:
-        return _elsewhere(config, spec, loads, solver, options)
-    memory = memory_model(config, spec, device)
-    usable = int(free_bytes(device) * config.packing.memory_fraction)
-    problem = Problem(tuple(loads), memory, time_models(device)(memory), usable, **options)
-    gpu = None if device.type == "cpu" else find_gpu(problem.time.device)
-    peft = one_at_a_time(problem.time, memory, gpu)
-    return make_plan(problem, solver=solver, time_limit=_TIME_LIMIT, peft=peft)
+        gpu, count = find_gpu(config.hardware.gpu), config.hardware.count
+        memory = replace(memory_model(config, spec, torch.device("cuda")), compiled=True)
+        free, time = gpu.free_bytes, None
+    elif device.type == "cuda":
+        gpu = find_gpu(time_models(device)(memory).device)
+    choices = [memory]
+    if config.model.activation_checkpointing == "auto":
+        choices.append(replace(memory, activation_checkpointing=True))
+    _, plan = plan_on(
+        loads_of(config, spec, tasks),
+        choices,
+        gpu,
+        count,
+        time=time,
+        free_bytes=int(free * config.packing.memory_fraction),
+        solver=config.packing.solver.lower(),
+        time_limit=_TIME_LIMIT,
+        **limits(config, tasks),
+    )
+    return plan
 
 
 def show_preview(plan: Plan, layout: SweepLayout) -> None:
@@ -60,19 +72,3 @@ def show_preview(plan: Plan, layout: SweepLayout) -> None:
     console.print(render(plan, console.width))
     write_text(layout.plan_page, to_html(plan))
     log.info("the plan as a page: %s", layout.plan_page)
-
-
-def _elsewhere(
-    config: SweepConfig, spec: ModelSpec, loads: list[Load], solver: str, options: Mapping[str, Any]
-) -> Plan:
-    assert config.hardware is not None
-    gpu = find_gpu(config.hardware.gpu)
-    memory = replace(memory_model(config, spec, torch.device("cuda")), compiled=True)
-    choices = [memory]
-    if config.model.activation_checkpointing == "auto":
-        choices.append(replace(memory, activation_checkpointing=True))
-    usable = int(gpu.free_bytes * config.packing.memory_fraction)
-    _, plan = plan_on(
-        loads, choices, gpu, config.hardware.count, free_bytes=usable, solver=solver, time_limit=_TIME_LIMIT, **options
-    )
-    return plan

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def plan_on(
     loads: Sequence[Load],
     memories: Sequence[MemoryModel],
-    gpu: GPU,
+    gpu: GPU | None,
     count: int,
     *,
     time: Callable[[MemoryModel], TimeModel] | None = None,
@@ -42,7 +42,8 @@ def plan_on(
         loads: the trials.
         memories: memory models to choose among, e.g. without and with activation checkpointing; the cost of
             recomputation is in the time model that belongs to each.
-        gpu: the devices' data sheet (:func:`plora.profiler.find_gpu`).
+        gpu: the devices' data sheet (:func:`plora.profiler.find_gpu`); None where there is none, as for a CPU: then
+            ``time`` and ``free_bytes`` are needed.
         count: how many.
         time: the time model that belongs to a memory model; None estimates it from the data sheet.
         free_bytes: bytes free on each device; None for what the data sheet leaves.
@@ -62,14 +63,17 @@ def plan_on(
     """
     if count < 1:
         raise ValueError(f"hardware.count must be at least 1, got {count}")
+    if gpu is not None:
+        free_bytes = gpu.free_bytes if free_bytes is None else free_bytes
+    assert free_bytes is not None, "without a data sheet, time and free_bytes are needed"
     problems, misfit = [], None
     for memory in memories:
         allowed = tuple(sorted(degrees)) if degrees is not None else legal_degrees(memory.spec, count)
         problem = Problem(
             loads=tuple(loads),
             memory=memory,
-            time=time(memory) if time else estimate(gpu, memory, allowed),
-            free_bytes=gpu.free_bytes if free_bytes is None else free_bytes,
+            time=_time(time, gpu, memory, allowed),
+            free_bytes=free_bytes,
             n_devices=count,
             degrees=allowed,
             token_budget=token_budget,
@@ -90,7 +94,18 @@ def plan_on(
     return _soonest(problems, gpu, time_limit, options)
 
 
-def _soonest(problems: list[Problem], gpu: GPU, time_limit: float, options: dict[str, Any]) -> tuple[Problem, Plan]:
+def _time(
+    given: Callable[[MemoryModel], TimeModel] | None, gpu: GPU | None, memory: MemoryModel, degrees: Sequence[int]
+) -> TimeModel:
+    if given is not None:
+        return given(memory)
+    assert gpu is not None, "without a data sheet, time and free_bytes are needed"
+    return estimate(gpu, memory, degrees)
+
+
+def _soonest(
+    problems: list[Problem], gpu: GPU | None, time_limit: float, options: dict[str, Any]
+) -> tuple[Problem, Plan]:
     deadline = clock.monotonic() + time_limit
     bounds = sorted((lower_bounds(problem).best, i) for i, problem in enumerate(problems))
     best: tuple[Problem, Plan] | None = None
