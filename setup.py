@@ -48,7 +48,7 @@ def extension() -> dict[str, object]:
         # A machine with GPUs builds for them alone, any other for every architecture that is tested.
         devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{a}.{b}" for a, b in sorted(devices)) or ARCHITECTURES
-    sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*.c*") if path.suffix != ".cuh")
+    sources = sorted(str(path.relative_to(HERE)) for kind in ("*.cu", "*.cpp") for path in (HERE / "csrc").glob(kind))
     module = CUDAExtension(
         "plora.kernels._cuda",
         sources,

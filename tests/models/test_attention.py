@@ -44,7 +44,8 @@ def _check(lengths: list[int], device: str, dtype: torch.dtype, tolerance: float
     grads = torch.autograd.grad((out.float() * weight).sum(), inputs)
     pairs += zip(grads, torch.autograd.grad((expected * weight).sum(), inputs), strict=True)
     for ours, theirs in pairs:
-        assert (ours.double() - theirs.double()).norm() <= tolerance * theirs.double().norm()
+        # A sequence of one token has no gradient of query and key: what is left is rounding.
+        assert (ours.double() - theirs.double()).norm() <= tolerance * (theirs.double().norm() + 1e-3)
 
 
 @pytest.mark.parametrize("lengths", RAGGED)

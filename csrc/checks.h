@@ -1,0 +1,80 @@
+// What the bindings check of their arguments; every error names the bad one.
+#pragma once
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/extension.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+
+namespace plora::binding {
+
+using at::Tensor;
+
+inline std::string text(const char* s) { return s; }
+inline std::string text(const std::string& s) { return s; }
+inline std::string text(int64_t n) { return std::to_string(n); }
+inline std::string text(at::ScalarType dtype) { return c10::toString(dtype); }
+inline std::string text(const at::Device& device) { return device.str(); }
+inline std::string text(at::IntArrayRef sizes) {
+  std::string s = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+  return s + "]";
+}
+
+// Not TORCH_CHECK, whose message ends in a C++ stack trace, and not through streams, which fail in a
+// process that holds two copies of the C++ library.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error((text(parts) + ...));
+}
+
+inline void check(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t dimensions,
+                  const Tensor& beside) {
+  require(tensor.is_cuda(), name, " must be on a CUDA device, got ", tensor.device());
+  require(tensor.device() == beside.device(), name, " is on ", tensor.device(), " but other arguments are on ",
+          beside.device());
+  require(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+  require(tensor.dim() == dimensions, name, " must have ", dimensions, " dimensions, got shape ", tensor.sizes());
+  require(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
+}
+
+inline void check_rows(const Tensor& tensor, const char* name, int64_t rows) {
+  require(tensor.size(0) == rows, name, " must have ", rows, " rows, got shape ", tensor.sizes());
+}
+
+inline void check_hidden(const Tensor& hidden, const char* name, int64_t rows, const Tensor& beside) {
+  check(hidden, name, at::kBFloat16, 2, beside);
+  check_rows(hidden, name, rows);
+  require(hidden.size(1) % 16 == 0, name, " must have a multiple of 16 columns, got shape ", hidden.sizes());
+}
+
+// `second`: the factor is B, whose beginnings are the second half of the offsets.
+inline plora::Schedule schedule(const Tensor& pieces, int64_t count, const Tensor& offsets, bool second,
+                                const Tensor& token_index, int64_t rows, const Tensor& beside) {
+  check(pieces, "pieces", at::kInt, 2, beside);
+  constexpr int64_t words = sizeof(plora::Piece) / 4;
+  require(pieces.size(1) == words, "pieces must have ", words, " columns, got shape ", pieces.sizes());
+  require(0 <= count && count <= pieces.size(0) && count < 65536, "count must be from 0 to ",
+          std::min<int64_t>(pieces.size(0), 65535), ", got ", count);
+  check(offsets, "offsets", at::kLong, 1, beside);
+  require(offsets.size(0) % 2 == 1, "offsets must have 2 K + 1 elements, got ", offsets.size(0));
+  check(token_index, "token_index", at::kInt, 1, beside);
+  check_rows(token_index, "token_index", rows);
+  const int64_t slots = offsets.size(0) / 2;
+  const int64_t* begin = offsets.const_data_ptr<int64_t>();
+  return {static_cast<const plora::Piece*>(pieces.const_data_ptr()), static_cast<int>(count),
+          begin + (second ? slots : 0), begin + 2 * slots, token_index.const_data_ptr<int32_t>()};
+}
+
+inline void launched(int error, const char* kernel, int64_t rows, int64_t width, int64_t hidden, int64_t count) {
+  require(error == 0, "the CUDA kernel ", kernel, " failed to launch: ", plora::error_string(error), " (rows ", rows,
+          ", width ", width, ", hidden columns ", hidden, ", pieces ", count, ")");
+}
+
+inline void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+}  // namespace plora::binding
