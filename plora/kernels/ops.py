@@ -1,9 +1,14 @@
 """The packed products as torch operators, so that autograd and torch.compile see one opaque call.
 
+A layer's product is cut at its narrow middle, ``lora_down`` and ``lora_up``, so that each half can be
+shared (one ``lora_down`` for the linears that read the same input) or ride on a pass that happens anyway
+(``lora_swiglu``: what is added to gate and up, and the next linear's ``lora_down``).
+
 Backward writes the adapters' gradients straight into the arena and returns dx. It has to run even
-where nothing asks for dx (the first layer over a frozen embedding), so each call also takes a
+where nothing asks for dx (the first layer over a frozen embedding), so ``lora_down`` also takes a
 one-element ``anchor`` that requires a gradient; its gradient, a zero, is an output of the backward
-operator, which therefore can be neither skipped by autograd nor removed by the compiler.
+operator, which therefore can be neither skipped by autograd nor removed by the compiler. The others
+depend on ``lora_down``'s result, and so do their backwards.
 
 The gradients reach backward by handle, not as an argument: compiled graphs would save them with
 their version, which the next layer's backward changes.
@@ -19,7 +24,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from plora.kernels import cuda, reference
+from plora.kernels import cuda, cuda_swiglu, reference
 from plora.kernels.reference import Tables
 
 
@@ -39,10 +44,16 @@ _HANDLES = itertools.count()
 _BUFFERS: WeakValueDictionary[int, GradientBuffer] = WeakValueDictionary()
 
 
-@torch.library.custom_op("plora::lora_add", mutates_args=())
-def lora_add(
+_NO_ROUTE = (
+    "a packed layer was called outside of `with packed.route(tokens_per_adapter):`, "
+    "so it cannot know which rows belong to which adapter; under activation checkpointing "
+    "backward belongs inside too, since it runs the layers again"
+)
+
+
+@torch.library.custom_op("plora::lora_down", mutates_args=())
+def lora_down(
     x: Tensor,
-    y: Tensor,
     anchor: Tensor,
     weight: Tensor,
     gradients: int,
@@ -52,38 +63,33 @@ def lora_add(
     device: list[Tensor],
     token_index: Tensor,
     max_rank: int,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.lora_add``; ``anchor`` and ``gradients`` are for backward.
+) -> Tensor:
+    """See ``reference.lora_down``; ``anchor`` and ``gradients`` are for backward.
 
     Args:
         anchor: fp32 ``[1]``, requires a gradient. gradients: handle of the ``GradientBuffer``.
         routed: bool ``[1]`` on the host, whether a route is active.
-        device: what the CUDA kernels read in place of the tables, see ``cuda.lora_add``; empty where
-            the reference is to run.
+        device: what the CUDA kernels read in place of the tables, and the offsets on the device; empty
+            where the reference is to run.
     """
     if not routed:
-        raise RuntimeError(
-            "a packed layer was called outside of `with packed.route(tokens_per_adapter):`, "
-            "so it cannot know which rows belong to which adapter; under activation checkpointing "
-            "backward belongs inside too, since it runs the layers again"
-        )
+        raise RuntimeError(_NO_ROUTE)
     host = Tables(*tables)
     reference.check_rows(x, host)
     if device:
-        return cuda.lora_add(x, y, weight, device, token_index, max_rank)
-    return reference.lora_add(x, y, weight, offsets, host, token_index, max_rank)
+        return cuda.lora_down(x, weight, cuda.Work(*device[:-1]), device[-1], token_index, max_rank)
+    return reference.lora_down(x, weight, offsets, host, token_index, max_rank)
 
 
-@lora_add.register_fake
-def _(x, y, anchor, weight, gradients, routed, offsets, tables, device, token_index, max_rank):  # type: ignore[no-untyped-def]
-    return torch.empty_like(y), x.new_empty(x.shape[0], max_rank)
+@lora_down.register_fake
+def _(x, anchor, weight, gradients, routed, offsets, tables, device, token_index, max_rank):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], offsets.shape[0] * max_rank)
 
 
-@torch.library.custom_op("plora::lora_add_backward", mutates_args=())
-def lora_add_backward(
-    dy: Tensor,
+@torch.library.custom_op("plora::lora_down_backward", mutates_args=())
+def lora_down_backward(
+    dhidden: Tensor,
     x: Tensor,
-    hidden: Tensor,
     weight: Tensor,
     gradients: int,
     offsets: Tensor,
@@ -92,37 +98,198 @@ def lora_add_backward(
     token_index: Tensor,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.lora_add_backward``; also returns the anchor's gradient, a zero."""
+    """See ``reference.lora_down_backward``; also returns the anchor's gradient, a zero."""
     grad = _BUFFERS[gradients].tensor
     if device:
-        dx = cuda.lora_add_backward(dy, x, hidden, weight, grad, device, token_index, need_dx)
+        work = cuda.Work(*device[:-1])
+        dx = cuda.lora_down_backward(dhidden, x, weight, grad, work, device[-1], token_index, need_dx)
     else:
-        dx = reference.lora_add_backward(dy, x, hidden, weight, grad, offsets, Tables(*tables), token_index, need_dx)
+        dx = reference.lora_down_backward(
+            dhidden, x, weight, grad, offsets, Tables(*tables), token_index, need_dx
+        )  # fmt: skip
     return dx, grad.new_zeros(1)
 
 
-@lora_add_backward.register_fake
-def _(dy, x, hidden, weight, gradients, offsets, tables, device, token_index, need_dx):  # type: ignore[no-untyped-def]
+@lora_down_backward.register_fake
+def _(dhidden, x, weight, gradients, offsets, tables, device, token_index, need_dx):  # type: ignore[no-untyped-def]
     return torch.empty_like(x) if need_dx else x.new_empty(0), x.new_empty(1, dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, _, _, weight, gradients, _, offsets, tables, device, token_index, _ = inputs
+def _down_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, _, weight, gradients, _, offsets, tables, device, token_index, _ = inputs
     # Saving the tables lets autograd refuse a backward that comes after the next route(), which
     # has rewritten them.
-    ctx.save_for_backward(x, output[1], weight, offsets, token_index, *tables, *device)
+    ctx.save_for_backward(x, weight, offsets, token_index, *tables, *device)
     ctx.gradients, ctx.n_tables = gradients, len(tables)
 
 
-def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
-    x, hidden, weight, offsets, token_index, *rest = ctx.saved_tensors
+def _down_backward(ctx, dhidden):  # type: ignore[no-untyped-def]
+    x, weight, offsets, token_index, *rest = ctx.saved_tensors
     tables, device = rest[: ctx.n_tables], rest[ctx.n_tables :]
     need_dx = ctx.needs_input_grad[0]
-    dx, danchor = lora_add_backward(
-        dy.contiguous(), x, hidden, weight, ctx.gradients, offsets, tables, device, token_index, need_dx
+    dx, danchor = lora_down_backward(
+        dhidden.contiguous(), x, weight, ctx.gradients, offsets, tables, device, token_index, need_dx
     )
-    no_tables, no_device = [None] * len(tables), [None] * len(device)
-    return dx if need_dx else None, dy, danchor, None, None, None, None, no_tables, no_device, None, None
+    return dx if need_dx else None, danchor, None, None, None, None, _none(tables), _none(device), None, None
 
 
-lora_add.register_autograd(_backward, setup_context=_setup_context)
+lora_down.register_autograd(_down_backward, setup_context=_down_context)
+
+
+@torch.library.custom_op("plora::lora_up", mutates_args=())
+def lora_up(
+    ys: list[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    gradients: int,
+    offsets: Tensor,
+    tables: list[Tensor],
+    device: list[Tensor],
+    token_index: Tensor,
+) -> list[Tensor]:
+    """See ``reference.lora_up``; ``gradients`` is for backward."""
+    host = Tables(*tables)
+    for y in ys:
+        reference.check_rows(y, host)
+    if device:
+        max_rank = hidden.shape[1] // len(ys)
+        return cuda.lora_up(ys, hidden, weight, cuda.Work(*device[:-1]), device[-1], max_rank, token_index)
+    return reference.lora_up(ys, hidden, weight, offsets, host)
+
+
+@lora_up.register_fake
+def _(ys, hidden, weight, gradients, offsets, tables, device, token_index):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(y) for y in ys]
+
+
+@torch.library.custom_op("plora::lora_up_backward", mutates_args=())
+def lora_up_backward(
+    dys: list[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    gradients: int,
+    offsets: Tensor,
+    tables: list[Tensor],
+    device: list[Tensor],
+    token_index: Tensor,
+) -> Tensor:
+    """See ``reference.lora_up_backward``."""
+    grad = _BUFFERS[gradients].tensor
+    if device:
+        return cuda.lora_up_backward(dys, hidden, weight, grad, cuda.Work(*device[:-1]), device[-1], token_index)
+    return reference.lora_up_backward(dys, hidden, weight, grad, offsets, Tables(*tables))
+
+
+@lora_up_backward.register_fake
+def _(dys, hidden, weight, gradients, offsets, tables, device, token_index):  # type: ignore[no-untyped-def]
+    return torch.empty_like(hidden)
+
+
+def _up_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, hidden, weight, gradients, offsets, tables, device, token_index = inputs
+    ctx.save_for_backward(hidden, weight, offsets, token_index, *tables, *device)
+    ctx.gradients, ctx.n_tables = gradients, len(tables)
+    ctx.shapes = [out.shape for out in output]
+
+
+def _up_backward(ctx, dys):  # type: ignore[no-untyped-def]
+    hidden, weight, offsets, token_index, *rest = ctx.saved_tensors
+    tables, device = rest[: ctx.n_tables], rest[ctx.n_tables :]
+    # An output that the loss does not depend on has no gradient.
+    dys = [
+        hidden.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(dys, ctx.shapes, strict=True)
+    ]
+    dhidden = lora_up_backward(dys, hidden, weight, ctx.gradients, offsets, tables, device, token_index)
+    return dys, dhidden, None, None, None, _none(tables), _none(device), None
+
+
+lora_up.register_autograd(_up_backward, setup_context=_up_context)
+
+
+@torch.library.custom_op("plora::lora_swiglu", mutates_args=())
+def lora_swiglu(
+    gate: Tensor,
+    up: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    gradients: int,
+    offsets: Tensor,
+    down_offsets: Tensor,
+    tables: list[Tensor],
+    device: list[Tensor],
+    token_index: Tensor,
+    max_rank: int,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.lora_swiglu``; the last two of ``device`` are both offsets on the device."""
+    host = Tables(*tables)
+    reference.check_rows(gate, host)
+    if device:
+        *tables_there, offsets, down_offsets = device
+        return cuda_swiglu.lora_swiglu(
+            gate, up, hidden, weight, cuda.Work(*tables_there), offsets, down_offsets, token_index, max_rank,
+            has_dropout=bool(host.limit.any()),
+        )  # fmt: skip
+    return reference.lora_swiglu(gate, up, hidden, weight, offsets, down_offsets, host, token_index, max_rank)
+
+
+@lora_swiglu.register_fake
+def _(gate, up, hidden, weight, gradients, offsets, down_offsets, tables, device, token_index, max_rank):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gate), gate.new_empty(gate.shape[0], max_rank)
+
+
+@torch.library.custom_op("plora::lora_swiglu_backward", mutates_args=())
+def lora_swiglu_backward(
+    dact: Tensor,
+    dhidden_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    gradients: int,
+    offsets: Tensor,
+    down_offsets: Tensor,
+    tables: list[Tensor],
+    device: list[Tensor],
+    token_index: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.lora_swiglu_backward``."""
+    grad, host = _BUFFERS[gradients].tensor, Tables(*tables)
+    if device:
+        *tables_there, offsets, down_offsets = device
+        return cuda_swiglu.lora_swiglu_backward(
+            dact, dhidden_down, gate, up, hidden, weight, grad, cuda.Work(*tables_there), offsets, down_offsets,
+            token_index, has_dropout=bool(host.limit.any()),
+        )  # fmt: skip
+    return reference.lora_swiglu_backward(
+        dact, dhidden_down, gate, up, hidden, weight, grad, offsets, down_offsets, host, token_index
+    )
+
+
+@lora_swiglu_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    dact, dhidden_down, gate, up, hidden, weight, gradients, offsets, down_offsets, tables, device, token_index
+):
+    return torch.empty_like(gate), torch.empty_like(up), torch.empty_like(hidden)
+
+
+def _swiglu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    gate, up, hidden, weight, gradients, offsets, down_offsets, tables, device, token_index, _ = inputs
+    ctx.save_for_backward(gate, up, hidden, weight, offsets, down_offsets, token_index, *tables, *device)
+    ctx.gradients, ctx.n_tables = gradients, len(tables)
+
+
+def _swiglu_backward(ctx, dact, dhidden_down):  # type: ignore[no-untyped-def]
+    gate, up, hidden, weight, offsets, down_offsets, token_index, *rest = ctx.saved_tensors
+    tables, device = rest[: ctx.n_tables], rest[ctx.n_tables :]
+    dgate, dup, dhidden = lora_swiglu_backward(
+        dact.contiguous(), dhidden_down.contiguous(), gate, up, hidden, weight, ctx.gradients, offsets, down_offsets,
+        tables, device, token_index,
+    )  # fmt: skip
+    return dgate, dup, dhidden, None, None, None, None, _none(tables), _none(device), None, None
+
+
+lora_swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_context)
+
+
+def _none(tensors: list[Tensor]) -> list[None]:
+    return [None] * len(tensors)

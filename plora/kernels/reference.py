@@ -1,18 +1,21 @@
 """The packed LoRA products in plain torch: the definition that every other backend is held to.
 
-A run of rows of ``x`` belongs to each adapter. The loop is over adapters and touches only the
-small factors: no product per adapter is ever as wide as the base's.
+A run of rows of ``x`` belongs to each adapter. A *group* is one to three linear layers that read the same
+input: the products that touch it are made for all of them at once. The loop is over adapters and touches
+only the small factors: no product per adapter is ever as wide as the base's.
 
-Shapes: ``T`` packed tokens, ``D`` in-features, ``N`` out-features, ``R`` the widest rank of the
-pack, ``r`` an adapter's rank, ``t`` its tokens, ``K`` slots.
+Shapes: ``T`` packed tokens, ``D`` in-features, ``N`` out-features, ``F`` features between gate and down,
+``R`` the widest rank of the pack rounded up to 16, ``r`` an adapter's rank, ``t`` its tokens, ``K`` slots,
+``n`` modules of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from plora.kernels.dropout import combine, scaled_mask
 
@@ -58,57 +61,62 @@ class Tables:
 
 @dataclass(frozen=True)
 class _Segment:
-    """One adapter's rows in one module, with its factors: A ``[r, D]``, B stored as ``[r, N]``."""
+    """One adapter's rows in one of a group's modules, with its factors: A ``[r, D]``, B stored as ``[r, N]``."""
 
+    member: int
     rows: slice
+    columns: slice
     rank: int
     scale: float
-    a: slice
-    b: slice
+    a: int
+    b: int
     limit: int
     key: int
+
+    def hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Its part ``[t, r]`` of the hidden matrix."""
+        return hidden[self.rows, self.columns]
+
+    def factor(self, flat: torch.Tensor, begin: int, width: int) -> torch.Tensor:
+        """View ``[r, width]`` of an arena."""
+        return flat[begin : begin + self.rank * width].view(self.rank, width)
 
     def mask(self, token_index: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         return scaled_mask(self.key, token_index[self.rows], width, self.limit, dtype)
 
 
-def lora_add(
+def lora_down(
     x: torch.Tensor,
-    y: torch.Tensor,
     weight: torch.Tensor,
     offsets: torch.Tensor,
     tables: Tables,
     token_index: torch.Tensor,
     max_rank: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``out = y + scale * dropout(x) A^T B^T`` for each adapter's rows.
+) -> torch.Tensor:
+    """``hidden = dropout(x) A^T`` for each adapter's rows and each module of the group.
 
     Args:
-        x: ``[T, D]``. y: ``[T, N]``. weight: flat arena in x's dtype.
-        offsets: int64 ``[2 K + 1]``: where A and where B of each slot begin in the arena
-            (``ABSENT`` where the adapter has none in this module), and the key of the input.
+        x: ``[T, D]``, the group's input. weight: flat arena in x's dtype.
+        offsets: int64 ``[n, 2 K + 1]``: for each module where A and where B of each slot begin in the
+            arena (``ABSENT`` where the adapter has none in this module), and the key of the input.
         token_index: int32 ``[T]``. max_rank: R.
 
     Returns:
-        out ``[T, N]`` and hidden ``[T, R]`` = dropout(x) A^T, kept for backward.
+        ``[T, n R]``, module ``m`` in columns ``m R`` and on.
     """
-    out = y.clone()
-    hidden = x.new_zeros(x.shape[0], max_rank)
-    for segment in _segments(x, y.shape[1], offsets, tables):
-        rows = segment.rows
-        inputs = x[rows]
+    width = x.shape[1]
+    hidden = x.new_zeros(x.shape[0], len(offsets) * max_rank)
+    for segment in _segments(offsets, tables, max_rank):
+        inputs = x[segment.rows]
         if segment.limit:
-            inputs = inputs * segment.mask(token_index, x.shape[1], x.dtype)
-        low = inputs @ weight[segment.a].view(segment.rank, -1).T
-        hidden[rows, : segment.rank] = low
-        out[rows].addmm_(low, weight[segment.b].view(segment.rank, -1), alpha=segment.scale)
-    return out, hidden
+            inputs = inputs * segment.mask(token_index, width, x.dtype)
+        segment.hidden(hidden).copy_(inputs @ segment.factor(weight, segment.a, width).T)
+    return hidden
 
 
-def lora_add_backward(
-    dy: torch.Tensor,
+def lora_down_backward(
+    dhidden: torch.Tensor,
     x: torch.Tensor,
-    hidden: torch.Tensor,
     weight: torch.Tensor,
     grad: torch.Tensor,
     offsets: torch.Tensor,
@@ -116,27 +124,102 @@ def lora_add_backward(
     token_index: torch.Tensor,
     need_dx: bool,
 ) -> torch.Tensor:
-    """Adds dA and dB to ``grad`` (flat, fp32, parallel to ``weight``) and returns dx ``[T, D]``.
-
-    dx is the adapters' part alone; it is empty where ``need_dx`` is false.
-    """
+    """Adds dA to ``grad`` (flat, fp32, parallel to ``weight``) and returns dx ``[T, D]``, empty where not needed."""
+    width = x.shape[1]
     dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
-    for segment in _segments(x, dy.shape[1], offsets, tables):
-        rows, rank = segment.rows, segment.rank
-        low, dout = hidden[rows, :rank], dy[rows]
-        dlow = (dout @ weight[segment.b].view(rank, -1).T) * segment.scale
-        inputs = x[rows]
-        mask = segment.mask(token_index, x.shape[1], x.dtype) if segment.limit else None
+    for segment in _segments(offsets, tables, dhidden.shape[1] // len(offsets)):
+        inputs, low = x[segment.rows], segment.hidden(dhidden)
+        mask = segment.mask(token_index, width, x.dtype) if segment.limit else None
         if mask is not None:
             inputs = inputs * mask
-        _add_product(grad[segment.b].view(rank, -1), low, dout, segment.scale)
-        _add_product(grad[segment.a].view(rank, -1), dlow, inputs, 1.0)
+        _add_product(segment.factor(grad, segment.a, width), low, inputs, 1.0)
         if need_dx:
-            into = dx[rows]
-            torch.mm(dlow, weight[segment.a].view(rank, -1), out=into)
-            if mask is not None:
-                into.mul_(mask)
+            part = low @ segment.factor(weight, segment.a, width)
+            dx[segment.rows] += part if mask is None else part * mask
     return dx
+
+
+def lora_up(
+    ys: Sequence[torch.Tensor], hidden: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, tables: Tables
+) -> list[torch.Tensor]:
+    """``out = y + scale * hidden B^T`` for each module's ``y [T, N]``; N differs among them."""
+    outs = [y.clone() for y in ys]
+    for segment in _segments(offsets, tables, hidden.shape[1] // len(offsets)):
+        out = outs[segment.member]
+        factor = segment.factor(weight, segment.b, out.shape[1])
+        out[segment.rows].addmm_(segment.hidden(hidden), factor, alpha=segment.scale)
+    return outs
+
+
+def lora_up_backward(
+    dys: Sequence[torch.Tensor],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    offsets: torch.Tensor,
+    tables: Tables,
+) -> torch.Tensor:
+    """Adds dB to ``grad`` and returns dhidden ``[T, n R]``."""
+    dhidden = torch.zeros_like(hidden)
+    for segment in _segments(offsets, tables, hidden.shape[1] // len(offsets)):
+        dy = dys[segment.member]
+        dout, width = dy[segment.rows], dy.shape[1]
+        segment.hidden(dhidden).copy_((dout @ segment.factor(weight, segment.b, width).T) * segment.scale)
+        _add_product(segment.factor(grad, segment.b, width), segment.hidden(hidden), dout, segment.scale)
+    return dhidden
+
+
+def lora_swiglu(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    down_offsets: torch.Tensor,
+    tables: Tables,
+    token_index: torch.Tensor,
+    max_rank: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``act = silu(gate') * up'`` with gate' and up' by `lora_up`, and the next module's `lora_down` of it.
+
+    Args:
+        gate: ``[T, F]``, what the frozen linear gives. up: likewise.
+        hidden: ``[T, 2 R]`` of the two. offsets: ``[2, 2 K + 1]``, theirs.
+        down_offsets: ``[1, 2 K + 1]``, of the linear that reads ``act``.
+
+    Returns:
+        act ``[T, F]`` and its hidden ``[T, R]``.
+    """
+    gate, up = lora_up([gate, up], hidden, weight, offsets, tables)
+    act = F.silu(gate) * up
+    return act, lora_down(act, weight, down_offsets, tables, token_index, max_rank)
+
+
+def lora_swiglu_backward(
+    dact: torch.Tensor,
+    dhidden_down: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    offsets: torch.Tensor,
+    down_offsets: torch.Tensor,
+    tables: Tables,
+    token_index: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Adds dB of gate and up and dA of the next linear to ``grad``; returns dgate, dup ``[T, F]``, dhidden ``[T, 2 R]``.
+
+    gate', up' and act are computed again.
+    """
+    gate, up = lora_up([gate, up], hidden, weight, offsets, tables)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dact = dact + lora_down_backward(
+        dhidden_down, silu * up, weight, grad, down_offsets, tables, token_index, need_dx=True
+    )
+    dgate, dup = dact * up * sigmoid * (1 + gate - silu), dact * silu
+    return dgate, dup, lora_up_backward([dgate, dup], hidden, weight, grad, offsets, tables)
 
 
 def check_rows(x: torch.Tensor, tables: Tables) -> None:
@@ -159,22 +242,25 @@ def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sc
         into.addmm_(left.T.to(into.dtype), right.to(into.dtype), alpha=scale)
 
 
-def _segments(x: torch.Tensor, n: int, offsets: torch.Tensor, tables: Tables) -> Iterator[_Segment]:
+def _segments(offsets: torch.Tensor, tables: Tables, max_rank: int) -> Iterator[_Segment]:
     starts, slots = tables.rows.tolist(), len(tables.rank)
-    *places, input_key = offsets.tolist()
     ranks, scales, limits, keys = (t.tolist() for t in (tables.rank, tables.scale, tables.limit, tables.key))
-    width = x.shape[1]
+    members = offsets.tolist()
     for slot in range(slots):
-        start, stop, a, b = starts[slot], starts[slot + 1], places[slot], places[slots + slot]
-        if start == stop or a == ABSENT:
+        start, stop, rank = starts[slot], starts[slot + 1], ranks[slot]
+        if start == stop:
             continue
-        rank = ranks[slot]
-        yield _Segment(
-            rows=slice(start, stop),
-            rank=rank,
-            scale=scales[slot],
-            a=slice(a, a + rank * width),
-            b=slice(b, b + rank * n),
-            limit=limits[slot],
-            key=combine(keys[slot], input_key) if limits[slot] else 0,
-        )
+        for member, places in enumerate(members):
+            if places[slot] == ABSENT:
+                continue
+            yield _Segment(
+                member=member,
+                rows=slice(start, stop),
+                columns=slice(member * max_rank, member * max_rank + rank),
+                rank=rank,
+                scale=scales[slot],
+                a=places[slot],
+                b=places[slots + slot],
+                limit=limits[slot],
+                key=combine(keys[slot], places[-1]) if limits[slot] else 0,
+            )

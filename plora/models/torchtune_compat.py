@@ -31,6 +31,7 @@ from typing_extensions import override  # noqa: E402
 from plora.models.attention import PackedSequences, packed_attention  # noqa: E402
 from plora.models.base import BaseModel, Sequences  # noqa: E402
 from plora.models.spec import ModelError, ModelSpec, architecture, rope_settings, sliding_window  # noqa: E402
+from plora.modules.linear import project  # noqa: E402
 
 _LAYER_NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -163,7 +164,12 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` to ``[..., D]``."""
-        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+        if not torch.compiler.is_compiling():
+            return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+        # Written out, the compiler fuses it as well, and makes it again in backward where it would save
+        # the fused operator's result.
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.scale).to(x.dtype)
 
 
 class PackedSelfAttention(nn.Module):
@@ -183,9 +189,10 @@ class PackedSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, *, mask: Sequences, input_pos: torch.Tensor) -> torch.Tensor:
         """``[1, T, D]`` to ``[1, T, D]``; ``y`` is ``x`` and ``mask`` carries the sequences."""
-        query = self.pos_embeddings(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), input_pos=input_pos)[0]
-        key = self.pos_embeddings(self.k_proj(y).unflatten(-1, (-1, self.head_dim)), input_pos=input_pos)[0]
-        value = self.v_proj(y).unflatten(-1, (-1, self.head_dim))[0]
+        projected = project([self.q_proj, self.k_proj, self.v_proj], x)
+        query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in projected)
+        query = self.pos_embeddings(query, input_pos=input_pos)[0]
+        key, value = self.pos_embeddings(key, input_pos=input_pos)[0], value[0]
         if isinstance(mask, PackedSequences):
             out = packed_attention(query, key, value, mask.cu_seqlens, mask.max_len)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,57 +31,132 @@ class Shared:
     max_rank: int
 
 
-class PackedLoRALinear(nn.Module):
-    """``y = W x + b``, plus ``scale_k B_k A_k dropout(x)`` on the rows of each adapter ``k``.
+@dataclass(eq=False)
+class Group:
+    """The packed products of one to three linears that read the same input.
 
     Args:
-        base: the frozen linear, of any kind and precision; it is called, never looked into.
-        offsets: int64 ``[2 K + 1]``, see ``reference.lora_add``.
+        offsets: int64 ``[n, 2 K + 1]``, see ``reference.lora_down``.
         device_offsets: their copy on the device, where the CUDA kernels run.
         shared: the pack's arena and tables.
     """
 
-    def __init__(
-        self, base: nn.Linear, offsets: torch.Tensor, device_offsets: torch.Tensor | None, shared: Shared
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.offsets, self.device_offsets, self.shared = offsets, device_offsets, shared
+    offsets: torch.Tensor
+    device_offsets: torch.Tensor | None
+    shared: Shared
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., in_features]``, whose leading dimensions flatten to the routed rows, to ``[..., out_features]``."""
-        if not torch.compiler.is_compiling():
-            _refuse_reentrant_checkpoint()
-        y, shared = self.base(x), self.shared
-        dtype = shared.weight.dtype
-        out, _ = ops.lora_add(
-            x.reshape(-1, self.in_features).to(dtype),
-            y.reshape(-1, self.out_features).to(dtype),
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., D]`` to hidden ``[T, n R]``."""
+        shared = self.shared
+        return ops.lora_down(
+            self._rows(x),
             shared.anchor,
             shared.weight,
             shared.gradients.handle,
             shared.routed,
             self.offsets,
             shared.tables.as_list(),
-            self._device_tables(),
+            self.device_tables(self.device_offsets),
             shared.token_index,
             shared.max_rank,
         )
-        return out.view(y.shape).to(y.dtype)
 
-    def _device_tables(self) -> list[torch.Tensor]:
-        if self.shared.device_tables is None or self.device_offsets is None:
-            return []
-        return [*self.shared.device_tables.as_list(), self.device_offsets]
+    def up(self, ys: Sequence[torch.Tensor], hidden: torch.Tensor) -> list[torch.Tensor]:
+        """What the frozen linears give, each ``[..., N]``, with the adapters' products added."""
+        shared = self.shared
+        outs = ops.lora_up(
+            [self._rows(y) for y in ys],
+            hidden,
+            shared.weight,
+            shared.gradients.handle,
+            self.offsets,
+            shared.tables.as_list(),
+            self.device_tables(self.device_offsets),
+            shared.token_index,
+        )
+        return [out.view(y.shape).to(y.dtype) for out, y in zip(outs, ys, strict=True)]
+
+    def swiglu(
+        self, gate: torch.Tensor, up: torch.Tensor, hidden: torch.Tensor, down: Group
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``silu(gate) * up`` with the adapters' products added to both, and ``down.down`` of it.
+
+        Args:
+            gate: ``[..., F]``, what the frozen linear gives. up: likewise. hidden: of the two.
+            down: of the linear that reads the result.
+        """
+        shared = self.shared
+        act, hidden_down = ops.lora_swiglu(
+            self._rows(gate),
+            self._rows(up),
+            hidden,
+            shared.weight,
+            shared.gradients.handle,
+            self.offsets,
+            down.offsets,
+            shared.tables.as_list(),
+            self.device_tables(self.device_offsets, down.device_offsets),
+            shared.token_index,
+            shared.max_rank,
+        )
+        return act.view(gate.shape).to(gate.dtype), hidden_down
+
+    def device_tables(self, *offsets: torch.Tensor | None) -> list[torch.Tensor]:
+        """What the CUDA kernels read: the work lists, then the offsets; nothing where the reference runs."""
+        tables = self.shared.device_tables
+        here = [each for each in offsets if each is not None]
+        return [*tables.as_list(), *here] if tables is not None and len(here) == len(offsets) else []
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, x.shape[-1]).to(self.shared.weight.dtype)
 
 
-def _refuse_reentrant_checkpoint() -> None:
+class PackedLoRALinear(nn.Module):
+    """``y = W x + b``, plus ``scale_k B_k A_k dropout(x)`` on the rows of each adapter ``k``.
+
+    Args:
+        base: the frozen linear, of any kind and precision; it is called, never looked into.
+    """
+
+    # Set by the pack, anew whenever it has replaced a tensor.
+    group: Group
+    # Of all linears of this one's input group; the first of them holds it.
+    siblings: Group
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., in_features]``, whose leading dimensions flatten to the routed rows, to ``[..., out_features]``."""
+        refuse_reentrant_checkpoint()
+        return self.group.up([self.base(x)], self.group.down(x))[0]
+
+
+def project(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """What each of ``linears`` makes of ``x [..., D]``, in one pass over x for all adapters where they are packed.
+
+    Args:
+        linears: those that read x, such as q_proj, k_proj and v_proj, in the model's order.
+        x: their input.
+    """
+    first = linears[0]
+    if not isinstance(first, PackedLoRALinear) or len(first.siblings.offsets) != len(linears):
+        return [linear(x) for linear in linears]
+    refuse_reentrant_checkpoint()
+    hidden = first.siblings.down(x)
+    return first.siblings.up([linear.base(x) for linear in linears], hidden)
+
+
+def refuse_reentrant_checkpoint() -> None:
     """Reentrant checkpointing recomputes inside backward, without the hooks of the non-reentrant kind.
 
     It loses the gradients of a segment whose input needs none, such as the first layer's.
     """
-    if torch._C._current_graph_task_id() == -1 or torch._C._autograd._top_saved_tensors_default_hooks(False):
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return
+    if torch._C._autograd._top_saved_tensors_default_hooks(False):
         return
     raise RuntimeError(
         "reentrant activation checkpointing would lose adapter gradients: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from plora.kernels.schedule import DeviceTables, upload
 from plora.modules.adapter import Adapter, Layout
 from plora.modules.arena import Arena, aligned
 from plora.modules.config import AdapterConfig
-from plora.modules.linear import PackedLoRALinear, Shared
+from plora.modules.linear import Group, PackedLoRALinear, Shared
+from plora.modules.mlp import fuse_gated_mlps, restore_gated_mlps
 from plora.modules.targets import Target, find_targets, select
 
 ATTRIBUTE = "plora"
@@ -220,16 +222,18 @@ class PackedAdapters(nn.Module):
         """Put the frozen linear layers back into ``model`` and drop the adapters."""
         for target, linear in zip(self.targets, self._linears, strict=True):
             model.set_submodule(target.path, linear.base)
+        restore_gated_mlps(model)
         delattr(model, ATTRIBUTE)
 
     def _wrap(self, model: nn.Module) -> None:
-        for target, offsets in zip(self.targets, self._offsets, strict=True):
+        for target in self.targets:
             base = model.get_submodule(target.path)
             assert isinstance(base, nn.Linear)
-            linear = PackedLoRALinear(base, offsets, None, self._shared)
+            linear = PackedLoRALinear(base)
             self._linears.append(linear)
             model.set_submodule(target.path, linear)
         self._bind()
+        fuse_gated_mlps(model)
 
     def _counts(self, tokens: Sequence[int] | Mapping[int, int], base_tokens: int) -> list[int]:
         by_slot = dict(tokens) if isinstance(tokens, Mapping) else dict(enumerate(tokens))
@@ -287,11 +291,22 @@ class PackedAdapters(nn.Module):
         """Hand the layers and adapters the tensors they read, after any of them was replaced."""
         self._shared.weight, self._shared.gradients.tensor = self.arena.shadow, self.arena.grad
         self._bind_device_tables()
-        for i, linear in enumerate(self._linears):
-            linear.offsets, linear.shared = self._offsets[i], self._shared
-            linear.device_offsets = None if self._device_offsets is None else self._device_offsets[i]
+        for i, (linear, siblings) in enumerate(zip(self._linears, self._siblings(), strict=True)):
+            linear.group, linear.siblings = self._group(slice(i, i + 1)), self._group(siblings)
         for adapter in self.adapters.values():
             adapter.tie()
+
+    def _group(self, rows: slice) -> Group:
+        there = self._device_offsets
+        return Group(self._offsets[rows], None if there is None else there[rows], self._shared)
+
+    def _siblings(self) -> Iterator[slice]:
+        """For each target the rows of ``_offsets`` of those that read the same input."""
+        start = 0
+        for _, group in groupby(self.targets, key=lambda target: target.input_group):
+            count = len(list(group))
+            yield from [slice(start, start + count)] * count
+            start += count
 
     def _bind_device_tables(self) -> None:
         """Keep tables on the device where the CUDA kernels can take this pack, and only there."""

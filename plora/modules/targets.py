@@ -39,14 +39,18 @@ class Target:
 
 
 def find_targets(model: nn.Module) -> list[Target]:
-    """Every linear layer of ``model`` but the output head, in the model's order."""
+    """Every linear layer of ``model`` but the output head, in the model's order, those of one input together."""
     get_head: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return [
+    targets = [
         _target(path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and path.rpartition(".")[2] not in HEADS
     ]
+    first: dict[str, int] = {}
+    for i, target in enumerate(targets):
+        first.setdefault(target.input_group, i)
+    return sorted(targets, key=lambda target: first[target.input_group])
 
 
 def select(targets: list[Target], config: AdapterConfig) -> list[Target]:

@@ -1,0 +1,1 @@
+"""The fused SwiGLU passes on the CUDA kernels."""

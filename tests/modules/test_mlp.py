@@ -1,0 +1,123 @@
+"""Gated MLPs: recognised by what they compute, and equal to their linears one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtune.modules import FeedForward
+
+from plora import AdapterConfig, pack_adapters
+from plora.modules import mlp
+from tests.modules.test_packed import assert_same
+from tests.modules.toy import randomise
+
+DIM, WIDE, ROWS = 16, 24, [5, 0, 3, 4]
+CONFIGS = [
+    AdapterConfig(rank=4, dropout=0.3, seed=1),
+    AdapterConfig(rank=3, seed=2),
+    AdapterConfig(rank=7, alpha=3, target_modules=("up_proj",), seed=3),
+    AdapterConfig(rank=2, alpha=8, target_modules=("down_proj", "gate_proj"), seed=4),
+]
+
+
+class HuggingFaceLike(nn.Module):
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(DIM, WIDE)
+        self.up_proj = nn.Linear(DIM, WIDE, bias=False)
+        self.down_proj = nn.Linear(WIDE, DIM, bias=False)
+        self.act_fn = activation or nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class UpFirst(HuggingFaceLike):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = self._modules.pop("gate_proj")
+
+
+class Clipped(HuggingFaceLike):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).clamp(-1, 1))
+
+
+def torchtune() -> nn.Module:
+    linears = {"gate_proj": (DIM, WIDE), "up_proj": (DIM, WIDE), "down_proj": (WIDE, DIM)}
+    return FeedForward(**{name: nn.Linear(*shape) for name, shape in linears.items()})
+
+
+class Model(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block, copy.deepcopy(block)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def packed(block: nn.Module) -> tuple[Model, nn.Module]:
+    model = Model(block)
+    adapters = pack_adapters(model, CONFIGS)
+    randomise(adapters, 0.1)
+    return model, adapters
+
+
+def step(model, adapters):
+    adapters.zero_grad_()
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(sum(ROWS), DIM, generator=generator).requires_grad_()
+    with adapters.route(ROWS, steps=dict.fromkeys(adapters.slots, 5)):
+        out = model(x)
+        out.sin().sum().backward()
+    grads = {
+        slot: {path: (a.clone(), b.clone()) for path, (a, b) in each.factors(adapters.arena.grad).items()}
+        for slot, each in adapters.adapters.items()
+    }
+    return torch.cat([out.detach(), x.grad]), grads
+
+
+@pytest.mark.parametrize("make", [HuggingFaceLike, torchtune])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_equals_its_linears_one_by_one(make, compiled, monkeypatch):
+    torch.manual_seed(0)
+    block = make()
+    model, adapters = packed(copy.deepcopy(block))
+    assert type(model.layers[0]).__name__.startswith("Fused")
+    monkeypatch.setattr("plora.modules.packed.fuse_gated_mlps", lambda model: None)
+    plain = packed(block)
+    assert not type(plain[0].layers[0]).__name__.startswith("Fused")
+    if compiled:
+        model.compile(fullgraph=True, dynamic=True)
+    assert_same(step(model, adapters), step(*plain), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("block", [HuggingFaceLike(nn.GELU()), Clipped(), UpFirst()])
+def test_others_stay_as_they_are(block):
+    model, _ = packed(block)
+    assert type(model.layers[0]) is type(block)
+
+
+def test_unpack_restores_the_class():
+    block = HuggingFaceLike()
+    model, adapters = packed(block)
+    adapters.unpack(model)
+    assert type(model.layers[0]) is HuggingFaceLike
+    x = torch.randn(3, DIM)
+    gate, up = F.silu(block.gate_proj(x)), block.up_proj(x)
+    torch.testing.assert_close(model.layers[0](x), block.down_proj(gate * up))
+
+
+def test_trying_the_formula_leaves_the_module_alone():
+    block = HuggingFaceLike()
+    before = [block.gate_proj, block.up_proj, block.down_proj]
+    assert mlp._computes_swiglu(block, ("gate_proj", "up_proj", "down_proj"))
+    assert [block.gate_proj, block.up_proj, block.down_proj] == before
+    assert block.training
