@@ -1,6 +1,7 @@
-"""A whole training step at full size: plora beside the frozen base, plain bmm adapters and peft.
+"""A whole training step at full size: plora beside the frozen base, plain bmm adapters, peft and torchtune.
 
     python benchmarks/bench_step.py [--model Qwen/Qwen2.5-7B-Instruct] [--json FILE]
+    python benchmarks/bench_step.py --case 16x512:8x16 --case 8x2048:8x16    # sequences x length : adapters x rank
 
 Weights are random (right for timing, never for quality), every token is labelled, for the baselines
 too. ``tokens_per_s_forward_backward`` leaves the optimizer out, ``tokens_per_s_step`` has it in.
@@ -29,11 +30,12 @@ from plora.models.presets import preset_config
 from plora.training.loss import backward_cross_entropy, chunk_rows
 from plora.training.optimizer import AdamWConfig, PackedAdamW
 from plora.training.rounds import batch_gradients
-from providers import BmmAdapters, peft_model
+from providers import BmmAdapters, TorchtuneLoRA, peft_model
 from records import Records
 
 STANDARD_MIX = [8] * 16 + [16] * 8 + [32] * 4 + [64] * 2 + [128] * 2
 PEFT_SHAPES = [(1, 128), (4, 128), (1, 1024)]
+STANDARD_CASE = "64x128:standard"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,23 @@ class Case:
     length: int
     microbatch: int
     checkpointing: bool
+
+    @classmethod
+    def parse(cls, text: str, model: str, microbatch: int, checkpointing: bool) -> Case:
+        """``"64x128:standard"``, or ``"16x512:8x16"`` for 8 adapters of rank 16 on 16 sequences of 512 tokens.
+
+        Raises:
+            ValueError: if it is neither, or the adapters do not share the sequences evenly.
+        """
+        try:
+            shape, _, adapters = text.partition(":")
+            sequences, length = map(int, shape.split("x"))
+            ranks = STANDARD_MIX if adapters == "standard" else _equal_ranks(*map(int, adapters.split("x")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"a case reads 64x128:standard or 16x512:8x16, got {text!r}") from error
+        if sequences % len(ranks):
+            raise ValueError(f"case {text}: {sequences} sequences must be a multiple of its {len(ranks)} adapters")
+        return cls(model, ranks, sequences, length, microbatch, checkpointing)
 
     @property
     def tokens(self) -> int:
@@ -62,6 +81,10 @@ class Case:
         return {
             slot: [_example(generator, vocab, self.length) for _ in range(per_slot)] for slot in range(len(self.ranks))
         }
+
+
+def _equal_ranks(count: int, rank: int) -> list[int]:
+    return [rank] * count
 
 
 def _example(generator: np.random.Generator, vocab: int, length: int) -> Example:
@@ -200,6 +223,28 @@ def peft_one_at_a_time(records: Records, case: Case, repeats: int) -> None:
             )
 
 
+def torchtune_one_at_a_time(records: Records, case: Case, repeats: int) -> None:
+    """One adapter by torchtune's recipe: as shipped, and at its best with the whole step's tokens for itself."""
+    config = preset_config(case.model)
+    shipped = ("as shipped", (2, case.length), True, False, "rank 8, layers recomputed, eager")
+    best = ("compiled, packed", (1, case.tokens), False, True, "rank 16, no recomputation, flex attention")
+    for name, shape, recompute, compiled, note in (shipped, best):
+        with fresh_memory():
+            trainer = TorchtuneLoRA(config, 16 if compiled else 8, recompute=recompute, compiled=compiled)
+            tokens = torch.randint(config["vocab_size"], shape, device="cuda")
+
+            def forward_backward(trainer: TorchtuneLoRA = trainer, tokens: torch.Tensor = tokens) -> None:
+                trainer.forward_backward(tokens, case.length)
+
+            def step(run: Callable[[], None] = forward_backward, trainer: TorchtuneLoRA = trainer) -> None:
+                run()
+                trainer.optimizer.step()
+
+            provider = f"torchtune LoRA {name}, one adapter, {shape[0]}x{shape[1]}"
+            measure(records, case.name, provider, tokens.numel(), forward_backward, step, repeats, note)
+            del trainer, forward_backward, step
+
+
 def _gradients_through(base: BaseModel, batches: dict[int, list[Example]], budget: int) -> Callable[[], None]:
     """Forward, loss and backward of prepared microbatches, without routing."""
     prepared = [microbatch.to(base.device) for microbatch in pack(batches, budget)]
@@ -227,33 +272,36 @@ def _notes(case: Case, microbatch: int | None = None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen/Qwen2.5-7B-Instruct", help="name of a preset")
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--ranks", type=int, nargs="*", default=STANDARD_MIX, help="one per adapter")
+    parser.add_argument("--case", action="append", help=f"see above; default {STANDARD_CASE}, can be repeated")
     parser.add_argument("--microbatch", type=int, default=8192, help="token budget of a microbatch")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
-    parser.add_argument("--providers", nargs="*", default=["frozen", "plora", "bmm", "peft"])
+    parser.add_argument("--providers", nargs="*", default=["frozen", "plora", "bmm", "peft", "torchtune"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
-    if args.sequences % len(args.ranks):
-        parser.error(f"--sequences {args.sequences} must be a multiple of the {len(args.ranks)} adapters")
-    case = Case(args.model, args.ranks, args.sequences, args.length, args.microbatch, args.checkpointing)
+    try:
+        cases = [
+            Case.parse(text, args.model, args.microbatch, args.checkpointing) for text in args.case or [STANDARD_CASE]
+        ]
+    except ValueError as error:
+        parser.error(str(error))
     records = Records("step")
-    print(f"{case.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    print(f"{args.model} on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     try:
         if {"frozen", "plora", "bmm"} & set(args.providers):
-            base = from_config(case.model, dtype="bf16", device="cuda")
-            for name, run in (("frozen", frozen_base), ("plora", packed), ("bmm", bmm)):
-                if name in args.providers:
-                    run(records, case, base, args.repeats)
+            base = from_config(args.model, dtype="bf16", device="cuda")
+            for case in cases:
+                for name, run in (("frozen", frozen_base), ("plora", packed), ("bmm", bmm)):
+                    if name in args.providers:
+                        run(records, case, base, args.repeats)
             del base
-            gc.collect()
-            torch.cuda.empty_cache()
-        if "peft" in args.providers:
-            peft_one_at_a_time(records, case, args.repeats)
+        for name, run_alone in (("peft", peft_one_at_a_time), ("torchtune", torchtune_one_at_a_time)):
+            if name in args.providers:
+                gc.collect()
+                torch.cuda.empty_cache()
+                run_alone(records, cases[0], args.repeats)
     finally:
         records.write(args.json)
     print(records.table())

@@ -64,6 +64,69 @@ class BmmAdapters(nn.Module):
             model.set_submodule(path, linear.base)
 
 
+class TorchtuneLoRA:
+    """A training step of torchtune's LoRA recipe, ``lora_finetune_single_device``: one adapter, random bf16 weights.
+
+    Args:
+        config: of a Qwen2.5 model.
+        rank: of the adapter, on all seven linears.
+        recompute: activation checkpointing, as the recipe is shipped.
+        compiled: layers and loss compiled, which the recipe offers.
+        device: where it trains.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], rank: int, *, recompute: bool, compiled: bool, device: str = "cuda"
+    ) -> None:
+        from torchtune import training
+        from torchtune.models.qwen2 import lora_qwen2
+        from torchtune.modules import TransformerSelfAttentionLayer
+        from torchtune.modules.loss import CEWithChunkedOutputLoss
+        from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+        with torch.device(device), training.set_default_dtype(torch.bfloat16):
+            self.model = lora_qwen2(
+                ["q_proj", "k_proj", "v_proj", "output_proj"],
+                apply_lora_to_mlp=True,
+                vocab_size=config["vocab_size"],
+                num_layers=config["num_hidden_layers"],
+                num_heads=config["num_attention_heads"],
+                num_kv_heads=config["num_key_value_heads"],
+                embed_dim=config["hidden_size"],
+                intermediate_dim=config["intermediate_size"],
+                max_seq_len=8192,
+                norm_eps=config["rms_norm_eps"],
+                tie_word_embeddings=config["tie_word_embeddings"],
+                lora_rank=rank,
+                lora_alpha=2 * rank,
+            )
+        set_trainable_params(self.model, get_adapter_params(self.model))
+        if recompute:
+            training.set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        self.loss = CEWithChunkedOutputLoss()
+        if compiled:
+            training.compile_model(self.model, verbose=False)
+            training.compile_loss(self.loss, verbose=False)
+        self.model.set_num_output_chunks(self.loss.num_output_chunks)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=True)
+
+    def forward_backward(self, tokens: torch.Tensor, length: int) -> None:
+        """Gradients of ``tokens [b, s]``: rows of one sequence, or packed ones of ``length`` tokens each."""
+        from torchtune.modules.attention_utils import packed_block_causal_mask
+
+        self.optimizer.zero_grad()
+        mask, positions = None, None
+        if tokens.shape[1] > length:
+            count = tokens.shape[1] // length
+            mask = packed_block_causal_mask([torch.full((count,), length)] * len(tokens))
+            positions = torch.arange(length, device=tokens.device).repeat(count).expand_as(tokens)
+        logits = self.model(tokens=tokens, mask=mask, input_pos=positions)
+        ignored = torch.full((len(tokens), 1), self.loss.ignore_index, device=tokens.device)
+        loss = self.loss(logits, torch.hstack((tokens[:, 1:], ignored)))
+        del logits
+        loss.backward()
+
+
 def peft_model(config: Mapping[str, Any], rank: int) -> nn.Module:
     """A Hugging Face model of this configuration with random bf16 weights and one peft adapter, on the GPU."""
     import peft

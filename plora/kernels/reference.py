@@ -208,9 +208,10 @@ def lora_swiglu_backward(
     tables: Tables,
     token_index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Adds dB of gate and up and dA of the next linear to ``grad``; returns dgate, dup ``[T, F]``, dhidden ``[T, 2 R]``.
+    """Adds dB of gate and up and dA of the next linear to ``grad``; gate', up' and act are computed again.
 
-    gate', up' and act are computed again.
+    Returns:
+        dgate and dup ``[T, F]``, dhidden ``[T, 2 R]``.
     """
     gate, up = lora_up([gate, up], hidden, weight, offsets, tables)
     sigmoid = torch.sigmoid(gate)

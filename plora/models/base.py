@@ -5,13 +5,15 @@ Shapes: ``T`` packed tokens, ``D`` model width, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from plora.models.attention import PackedSequences
@@ -157,7 +159,23 @@ class BaseModel(ABC):
             backend: as `torch.compile`'s.
         """
         for layer in self.layers:
-            layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=backend)
+            layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=_recomputing_elementwise(backend))
+
+
+@functools.cache
+def _recomputing_elementwise(backend: str) -> Callable[..., Any]:
+    """A backend of `torch.compile` that makes elementwise results again in backward instead of keeping them.
+
+    The compiler does so of itself, except for those that an opaque operator reads, such as a norm's output
+    that the packed products of q, k and v read: an eighth of a layer's activations.
+    """
+    compiler = torch._dynamo.lookup_backend(backend)
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        with functorch_config.patch(ban_recompute_materialized_backward=False):
+            return compiler(graph, inputs)
+
+    return compile_graph
 
 
 class _Recomputed(nn.Module):

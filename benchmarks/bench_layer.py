@@ -1,0 +1,92 @@
+"""A whole decoder layer with packed adapters as a multiple of the frozen one, both compiled.
+
+    python benchmarks/bench_layer.py [--json FILE]
+
+Forward and backward of a few layers of the real shape with random weights, 8192 tokens in sequences of 128,
+ragged segments. What packing costs in a layer, attention, norms and activations included; the output head,
+the loss and the optimizer are `bench_step.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+import plora
+from bench_step import STANDARD_MIX, fresh_memory, seconds
+from plora.models import from_config
+from plora.models.attention import PackedSequences
+from plora.models.base import BaseModel
+from plora.models.presets import preset_config
+from plora.modules.packed import PackedAdapters
+from records import Records
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.kernels.problem import ragged
+
+MODELS = ("Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+MIXES = {"standard mix": STANDARD_MIX, "128 x r16": [16] * 128}
+TOKENS, LENGTH, LAYERS = 8192, 128, 4
+
+
+def layers_pass(base: BaseModel, adapters: PackedAdapters | None, counts: list[int]) -> Callable[[], None]:
+    """Forward and backward through all layers of ``base``."""
+    sequences = PackedSequences.from_lengths([LENGTH] * (TOKENS // LENGTH), base.device)
+    positions = torch.arange(LENGTH, device=base.device).repeat(TOKENS // LENGTH)
+    options = {"device": base.device, "dtype": base.dtype}
+    embedded = torch.randn(1, TOKENS, base.spec.dim, **options).requires_grad_()
+    gradient = torch.randn(1, TOKENS, base.spec.dim, **options)
+
+    def run() -> None:
+        embedded.grad = None
+        with adapters.route(counts) if adapters is not None else nullcontext():
+            base.run_layers(embedded, positions[None], sequences).backward(gradient)
+
+    return run
+
+
+def bench_layer(records: Records, model: str, repeats: int) -> None:
+    """The frozen layer, then each mix on it."""
+    config = {**preset_config(model), "num_hidden_layers": LAYERS}
+    base = from_config(config, dtype="bf16", device="cuda")
+    name = model.rpartition("/")[2].lower()
+    with fresh_memory():
+        base.compile_layers()
+        frozen = seconds(layers_pass(base, None, []), repeats) / LAYERS
+    records.add(f"{name}/frozen", "frozen", "layer_ms", frozen * 1e3, "ms")
+    print(f"{name}: frozen layer {frozen * 1e3:.2f} ms", flush=True)
+    for mix, ranks in MIXES.items():
+        configs = [plora.AdapterConfig(rank=rank, alpha=2 * rank, seed=i) for i, rank in enumerate(ranks)]
+        with fresh_memory():
+            adapters = plora.pack_adapters(base.module, configs)
+            base.compile_layers()
+            took = seconds(layers_pass(base, adapters, ragged(TOKENS, len(ranks))), repeats) / LAYERS
+            adapters.unpack(base.module)
+        records.add(f"{name}/{mix}", "plora", "layer_ms", took * 1e3, "ms")
+        records.add(f"{name}/{mix}", "plora", "over_frozen", took / frozen, "x")
+        print(f"{name}: {mix} {took * 1e3:.2f} ms, {took / frozen:.3f}x", flush=True)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help=f"name of a preset; default {', '.join(MODELS)}")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device")
+    records = Records("layer")
+    for model in args.model or MODELS:
+        bench_layer(records, model, args.repeats)
+    records.write(args.json)
+
+
+if __name__ == "__main__":
+    main()
