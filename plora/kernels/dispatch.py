@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 
 VARIABLE = "PLORA_BACKEND"
+_NO_DEVICE = "torch sees no CUDA device"
+_NAMES = ("cuda", "grouped", "reference")
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Backend:
     """The implementation in use for bf16 tensors on a CUDA device; everything else is the reference's.
 
     Args:
-        name: ``"cuda"`` or ``"reference"``.
+        name: ``"cuda"``, our kernels; ``"grouped"``, torch's grouped product; or ``"reference"``, a loop.
         reason: why this one.
     """
 
@@ -32,23 +34,23 @@ class Backend:
 def backend() -> Backend:
     """The implementation that the packed products use.
 
-    Set the environment variable PLORA_BACKEND to ``reference`` or ``cuda`` to override the choice.
+    Set the environment variable PLORA_BACKEND to ``cuda``, ``grouped`` or ``reference`` to override the choice.
 
     Raises:
-        ValueError: if PLORA_BACKEND is neither.
-        RuntimeError: if it asks for the CUDA kernels and they cannot run.
+        ValueError: if PLORA_BACKEND is none of them.
+        RuntimeError: if it asks for one that cannot run.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", "reference", "cuda"):
-        raise ValueError(f"{VARIABLE} must be 'reference' or 'cuda', got {wanted!r}")
-    if wanted == "reference":
-        return Backend("reference", f"{VARIABLE} is set")
-    obstacle = _obstacle()
-    if obstacle is None:
-        return Backend("cuda", f"{VARIABLE} is set" if wanted else "the extension is built and a GPU is present")
+    if wanted not in ("", *_NAMES):
+        raise ValueError(f"{VARIABLE} must be {', '.join(map(repr, _NAMES))}, got {wanted!r}")
+    obstacles = {"cuda": _obstacle(), "grouped": _no_grouped_product(), "reference": None}
     if wanted:
-        raise RuntimeError(f"{VARIABLE}=cuda, but {obstacle}")
-    return Backend("reference", obstacle)
+        if obstacles[wanted] is not None:
+            raise RuntimeError(f"{VARIABLE}={wanted}, but {obstacles[wanted]}")
+        return Backend(wanted, f"{VARIABLE} is set")
+    if obstacles["cuda"] is None:
+        return Backend("cuda", "the extension is built and a GPU is present")
+    return Backend("reference" if obstacles["grouped"] else "grouped", obstacles["cuda"])
 
 
 @cache
@@ -61,9 +63,19 @@ def extension() -> ModuleType | None:
 
 
 @cache
+def _no_grouped_product() -> str | None:
+    """What stands in the way of torch's grouped product."""
+    if not torch.cuda.is_available():
+        return _NO_DEVICE
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU has no bf16 products"
+    return None if hasattr(torch, "_grouped_mm") else f"torch {torch.__version__} has no grouped product"
+
+
+@cache
 def _obstacle() -> str | None:
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return _NO_DEVICE
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the GPU has compute capability {major}.{minor} and the kernels need 8.0"

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import ModuleType
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from plora.kernels import cuda, cuda_swiglu, reference
+from plora.kernels import cuda, cuda_swiglu, grouped, reference, swiglu
+from plora.kernels.dispatch import backend
 from plora.kernels.reference import Tables
 
 
@@ -78,7 +80,7 @@ def lora_down(
     reference.check_rows(x, host)
     if device:
         return cuda.lora_down(x, weight, cuda.Work(*device[:-1]), device[-1], token_index, max_rank)
-    return reference.lora_down(x, weight, offsets, host, token_index, max_rank)
+    return _products(x).lora_down(x, weight, offsets, host, token_index, max_rank)
 
 
 @lora_down.register_fake
@@ -104,7 +106,7 @@ def lora_down_backward(
         work = cuda.Work(*device[:-1])
         dx = cuda.lora_down_backward(dhidden, x, weight, grad, work, device[-1], token_index, need_dx)
     else:
-        dx = reference.lora_down_backward(
+        dx = _products(x).lora_down_backward(
             dhidden, x, weight, grad, offsets, Tables(*tables), token_index, need_dx
         )  # fmt: skip
     return dx, grad.new_zeros(1)
@@ -154,7 +156,7 @@ def lora_up(
     if device:
         max_rank = hidden.shape[1] // len(ys)
         return cuda.lora_up(ys, hidden, weight, cuda.Work(*device[:-1]), device[-1], max_rank, token_index)
-    return reference.lora_up(ys, hidden, weight, offsets, host)
+    return _products(*ys).lora_up(ys, hidden, weight, offsets, host)
 
 
 @lora_up.register_fake
@@ -177,7 +179,7 @@ def lora_up_backward(
     grad = _BUFFERS[gradients].tensor
     if device:
         return cuda.lora_up_backward(dys, hidden, weight, grad, cuda.Work(*device[:-1]), device[-1], token_index)
-    return reference.lora_up_backward(dys, hidden, weight, grad, offsets, Tables(*tables))
+    return _products(*dys).lora_up_backward(dys, hidden, weight, grad, offsets, Tables(*tables))
 
 
 @lora_up_backward.register_fake
@@ -220,7 +222,7 @@ def lora_swiglu(
     token_index: Tensor,
     max_rank: int,
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.lora_swiglu``; the last two of ``device`` are both offsets on the device."""
+    """See ``swiglu.lora_swiglu``; the last two of ``device`` are both offsets on the device."""
     host = Tables(*tables)
     reference.check_rows(gate, host)
     if device:
@@ -229,7 +231,9 @@ def lora_swiglu(
             gate, up, hidden, weight, cuda.Work(*tables_there), offsets, down_offsets, token_index, max_rank,
             has_dropout=bool(host.limit.any()),
         )  # fmt: skip
-    return reference.lora_swiglu(gate, up, hidden, weight, offsets, down_offsets, host, token_index, max_rank)
+    return swiglu.lora_swiglu(
+        _products(gate), gate, up, hidden, weight, offsets, down_offsets, host, token_index, max_rank
+    )
 
 
 @lora_swiglu.register_fake
@@ -252,7 +256,7 @@ def lora_swiglu_backward(
     device: list[Tensor],
     token_index: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.lora_swiglu_backward``."""
+    """See ``swiglu.lora_swiglu_backward``."""
     grad, host = _BUFFERS[gradients].tensor, Tables(*tables)
     if device:
         *tables_there, offsets, down_offsets = device
@@ -260,8 +264,8 @@ def lora_swiglu_backward(
             dact, dhidden_down, gate, up, hidden, weight, grad, cuda.Work(*tables_there), offsets, down_offsets,
             token_index, has_dropout=bool(host.limit.any()),
         )  # fmt: skip
-    return reference.lora_swiglu_backward(
-        dact, dhidden_down, gate, up, hidden, weight, grad, offsets, down_offsets, host, token_index
+    return swiglu.lora_swiglu_backward(
+        _products(gate), dact, dhidden_down, gate, up, hidden, weight, grad, offsets, down_offsets, host, token_index
     )
 
 
@@ -289,6 +293,11 @@ def _swiglu_backward(ctx, dact, dhidden_down):  # type: ignore[no-untyped-def]
 
 
 lora_swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_context)
+
+
+def _products(*activations: Tensor) -> ModuleType:
+    """What makes the products of these activations where our kernels do not."""
+    return grouped if backend().name == "grouped" and grouped.serves(*activations) else reference
 
 
 def _none(tensors: list[Tensor]) -> list[None]:

@@ -4,7 +4,7 @@ A run of rows of ``x`` belongs to each adapter. A *group* is one to three linear
 input: the products that touch it are made for all of them at once. The loop is over adapters and touches
 only the small factors: no product per adapter is ever as wide as the base's.
 
-Shapes: ``T`` packed tokens, ``D`` in-features, ``N`` out-features, ``F`` features between gate and down,
+Shapes: ``T`` packed tokens, ``D`` in-features, ``N`` out-features,
 ``R`` the widest rank of the pack rounded up to 16, ``r`` an adapter's rank, ``t`` its tokens, ``K`` slots,
 ``n`` modules of a group.
 """
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from plora.kernels.dropout import combine, scaled_mask
 
@@ -167,60 +166,6 @@ def lora_up_backward(
         segment.hidden(dhidden).copy_((dout @ segment.factor(weight, segment.b, width).T) * segment.scale)
         _add_product(segment.factor(grad, segment.b, width), segment.hidden(hidden), dout, segment.scale)
     return dhidden
-
-
-def lora_swiglu(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    offsets: torch.Tensor,
-    down_offsets: torch.Tensor,
-    tables: Tables,
-    token_index: torch.Tensor,
-    max_rank: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``act = silu(gate') * up'`` with gate' and up' by `lora_up`, and the next module's `lora_down` of it.
-
-    Args:
-        gate: ``[T, F]``, what the frozen linear gives. up: likewise.
-        hidden: ``[T, 2 R]`` of the two. offsets: ``[2, 2 K + 1]``, theirs.
-        down_offsets: ``[1, 2 K + 1]``, of the linear that reads ``act``.
-
-    Returns:
-        act ``[T, F]`` and its hidden ``[T, R]``.
-    """
-    gate, up = lora_up([gate, up], hidden, weight, offsets, tables)
-    act = F.silu(gate) * up
-    return act, lora_down(act, weight, down_offsets, tables, token_index, max_rank)
-
-
-def lora_swiglu_backward(
-    dact: torch.Tensor,
-    dhidden_down: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    offsets: torch.Tensor,
-    down_offsets: torch.Tensor,
-    tables: Tables,
-    token_index: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Adds dB of gate and up and dA of the next linear to ``grad``; gate', up' and act are computed again.
-
-    Returns:
-        dgate and dup ``[T, F]``, dhidden ``[T, 2 R]``.
-    """
-    gate, up = lora_up([gate, up], hidden, weight, offsets, tables)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    dact = dact + lora_down_backward(
-        dhidden_down, silu * up, weight, grad, down_offsets, tables, token_index, need_dx=True
-    )
-    dgate, dup = dact * up * sigmoid * (1 + gate - silu), dact * silu
-    return dgate, dup, lora_up_backward([dgate, dup], hidden, weight, grad, offsets, tables)
 
 
 def check_rows(x: torch.Tensor, tables: Tables) -> None:

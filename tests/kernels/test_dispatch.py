@@ -10,6 +10,7 @@ from plora.kernels import Backend, backend
 
 def test_without_a_gpu_the_reference_runs(monkeypatch):
     monkeypatch.delenv("PLORA_BACKEND", raising=False)
+    monkeypatch.setattr("plora.kernels.dispatch._no_grouped_product", lambda: "torch sees no CUDA device")
     monkeypatch.setattr("plora.kernels.dispatch._obstacle", lambda: "torch sees no CUDA device")
     assert backend() == Backend("reference", "torch sees no CUDA device")
     monkeypatch.setenv("PLORA_BACKEND", "cuda")
@@ -23,6 +24,16 @@ def test_with_kernels_they_run_unless_told_otherwise(monkeypatch):
     assert backend().name == "cuda"
     monkeypatch.setenv("PLORA_BACKEND", "reference")
     assert str(backend()) == "reference (PLORA_BACKEND is set)"
+
+
+def test_without_kernels_a_gpu_takes_the_grouped_product(monkeypatch):
+    monkeypatch.delenv("PLORA_BACKEND", raising=False)
+    monkeypatch.setattr("plora.kernels.dispatch._obstacle", lambda: "the extension is not built")
+    monkeypatch.setattr("plora.kernels.dispatch._no_grouped_product", lambda: None)
+    assert str(backend()) == "grouped (the extension is not built)"
+    monkeypatch.setenv("PLORA_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="the extension is not built"):
+        backend()
 
 
 def test_unknown_backend(monkeypatch):
