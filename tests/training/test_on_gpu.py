@@ -1,0 +1,106 @@
+"""Training on the CUDA kernels: as if alone, as the reference trains, and steady under joins and leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from plora import AdapterConfig, pack_adapters
+from plora.data.types import Example
+from plora.models import from_config, from_pretrained
+from plora.models.base import BaseModel
+from plora.models.presets import SMOLLM2_135M
+from plora.models.spec import ModelError
+from plora.training.optimizer import AdamWConfig, PackedAdamW
+from plora.training.rounds import batch_gradients
+from tests.training import toy
+
+pytestmark = pytest.mark.gpu
+
+SMALL = {**SMOLLM2_135M, "num_hidden_layers": 4, "vocab_size": toy.VOCAB, "hidden_size": 256, "intermediate_size": 704,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def losses(
+    base: BaseModel,
+    configs: Sequence[AdapterConfig],
+    batches: Sequence[Sequence[Example]],
+    steps: int,
+    budget: int,
+    lr: float,
+) -> torch.Tensor:
+    """Loss of every adapter at every step ``[steps, adapters]``, each on its own batch over and over."""
+    packed = pack_adapters(base.module, configs)
+    optimizer = PackedAdamW(packed)
+    for slot in packed.slots:
+        optimizer.add(slot, AdamWConfig(max_grad_norm=1.0))
+    seen = []
+    for step in range(steps):
+        each = dict(enumerate(batches))
+        found, _ = batch_gradients(base, packed, each, dict.fromkeys(packed.slots, step), budget)
+        optimizer.step(dict.fromkeys(packed.slots, (lr, lr)), found)
+        seen.append(found[: len(configs)].cpu())
+    packed.unpack(base.module)
+    return torch.stack(seen)
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean relative difference of two runs' losses, of the worst adapter."""
+    return ((one - other).abs() / one).mean(0).max().item()
+
+
+def test_packed_as_if_alone() -> None:
+    base = from_config(SMALL, dtype="bf16", device="cuda")
+    kinds = ((3, 0.1), (16, 0.0), (64, 0.0), (130, 0.05))
+    configs = [AdapterConfig(rank=rank, dropout=dropout, seed=rank) for rank, dropout in kinds]
+    batches = [toy.task(f"task{i}", seed=i).train[: 4 * i + 2] for i in range(len(configs))]
+    together = losses(base, configs, batches, steps=30, budget=512, lr=3e-3)
+    for i, (config, batch) in enumerate(zip(configs, batches, strict=True)):
+        alone, other_order = (losses(base, [config], [batch], 30, budget, 3e-3)[:, 0] for budget in (512, 24))
+        assert alone[-1] < alone[0]
+        spread = distance(alone[:, None], other_order[:, None])
+        assert distance(alone[:, None], together[:, i : i + 1]) <= 2 * spread + 5e-3
+
+
+def test_ranks_of_every_kind_track_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 steps on SmolLM2, or on random weights of its shape where its package is absent."""
+    try:
+        base = from_pretrained("smollm2-135m-instruct", dtype="bf16", device="cuda")
+    except ModelError:
+        base = from_config(SMOLLM2_135M, dtype="bf16", device="cuda")
+    configs = [AdapterConfig(rank=rank, seed=rank) for rank in (1, 3, 7, 255)]
+    batches = [toy.task(f"task{i}", seed=i).train[: 4 + i] for i in range(len(configs))]
+    ours = losses(base, configs, batches, 200, 512, 2e-4)
+    monkeypatch.setenv("PLORA_BACKEND", "reference")
+    reference, other_order = (losses(base, configs, batches, 200, budget, 2e-4) for budget in (512, 128))
+    assert (ours[-1] < 0.9 * ours[0]).all()
+    assert distance(reference, ours) <= 2 * distance(reference, other_order) + 5e-3
+
+
+def test_a_hundred_joins_and_leaves_compile_nothing_and_keep_no_memory() -> None:
+    base = from_config(SMALL, dtype="bf16", device="cuda")
+    batches = [toy.task(f"task{i}", seed=i).train[: 3 + i] for i in range(4)]
+    packed = pack_adapters(base.module, [AdapterConfig(rank=64, seed=i) for i in range(4)])
+    optimizer = PackedAdamW(packed)
+    for slot in packed.slots:
+        optimizer.add(slot, AdamWConfig())
+    base.compile_layers(fullgraph=True)
+    memory = []
+    try:
+        for i in range(104):
+            leaving = packed.slots[i % 4]
+            optimizer.remove(leaving)
+            packed.remove(leaving)
+            optimizer.add(packed.add(AdapterConfig(rank=[1, 7, 16, 33, 64][i % 5], seed=i)), AdamWConfig())
+            each = {slot: batches[(slot + i) % 4] for slot in packed.slots}
+            found, _ = batch_gradients(base, packed, each, dict.fromkeys(packed.slots, i), 512)
+            optimizer.step(dict.fromkeys(packed.slots, (1e-4, 1e-4)), found)
+            memory.append(torch.cuda.memory_allocated())
+            if i == 3:
+                torch._dynamo.config.error_on_recompile = True
+    finally:
+        torch._dynamo.config.error_on_recompile = False
+    assert found.isfinite().all()
+    assert max(memory[54:]) <= max(memory[4:54])
