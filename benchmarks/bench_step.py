@@ -48,9 +48,10 @@ class Case:
     length: int
     microbatch: int
     checkpointing: bool
+    quantize: str | None
 
     @classmethod
-    def parse(cls, text: str, model: str, microbatch: int, checkpointing: bool) -> Case:
+    def parse(cls, text: str, model: str, microbatch: int, checkpointing: bool, quantize: str | None) -> Case:
         """``"64x128:standard"``, or ``"16x512:8x16"`` for 8 adapters of rank 16 on 16 sequences of 512 tokens.
 
         Raises:
@@ -64,7 +65,7 @@ class Case:
             raise ValueError(f"a case reads 64x128:standard or 16x512:8x16, got {text!r}") from error
         if sequences % len(ranks):
             raise ValueError(f"case {text}: {sequences} sequences must be a multiple of its {len(ranks)} adapters")
-        return cls(model, ranks, sequences, length, microbatch, checkpointing)
+        return cls(model, ranks, sequences, length, microbatch, checkpointing, quantize)
 
     @property
     def tokens(self) -> int:
@@ -73,7 +74,8 @@ class Case:
     @property
     def name(self) -> str:
         mix = "standard mix" if self.ranks == STANDARD_MIX else f"{len(self.ranks)} x r{self.ranks[0]}"
-        return f"{self.model.rpartition('/')[2].lower()}/{mix}/{self.sequences}x{self.length}"
+        base = f", {self.quantize}" if self.quantize else ""
+        return f"{self.model.rpartition('/')[2].lower()}{base}/{mix}/{self.sequences}x{self.length}"
 
     def batches(self, vocab: int) -> dict[int, list[Example]]:
         """One batch per slot; every token has a label."""
@@ -274,6 +276,7 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen/Qwen2.5-7B-Instruct", help="name of a preset")
     parser.add_argument("--case", action="append", help=f"see above; default {STANDARD_CASE}, can be repeated")
     parser.add_argument("--microbatch", type=int, default=8192, help="token budget of a microbatch")
+    parser.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--providers", nargs="*", default=["frozen", "plora", "bmm", "peft", "torchtune"])
     parser.add_argument("--repeats", type=int, default=10)
@@ -283,7 +286,8 @@ def main() -> None:
         parser.error("this benchmark needs a CUDA device")
     try:
         cases = [
-            Case.parse(text, args.model, args.microbatch, args.checkpointing) for text in args.case or [STANDARD_CASE]
+            Case.parse(text, args.model, args.microbatch, args.checkpointing, args.quantize)
+            for text in args.case or [STANDARD_CASE]
         ]
     except ValueError as error:
         parser.error(str(error))
@@ -291,7 +295,7 @@ def main() -> None:
     print(f"{args.model} on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     try:
         if {"frozen", "plora", "bmm"} & set(args.providers):
-            base = from_config(args.model, dtype="bf16", device="cuda")
+            base = from_config(args.model, dtype="bf16", quantize=args.quantize, device="cuda")
             for case in cases:
                 for name, run in (("frozen", frozen_base), ("plora", packed), ("bmm", bmm)):
                     if name in args.providers:
