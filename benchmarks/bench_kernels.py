@@ -1,8 +1,13 @@
-"""The packed kernels against their byte floors and plain torch, and a layer's linears against the frozen ones.
+"""The packed kernels against their byte floors and other ways to the same products.
 
-    python benchmarks/bench_kernels.py                    # the table
-    python benchmarks/bench_kernels.py --json FILE        # and records of it
+    python benchmarks/bench_kernels.py                    # the tables
+    python benchmarks/bench_kernels.py --only groups      # one of them: kernels, groups, linears, packed
+    python benchmarks/bench_kernels.py --json FILE        # and records of them
     python benchmarks/bench_kernels.py --sweep            # the tuned parameters' neighbours, to choose a row by
+
+Tables: *kernels*, each kernel on one linear, beside plain torch's loop over adapters, bmm on equal segments and
+`_grouped_mm`; *groups*, what linears that share an input gain by one launch; *linears*, a layer's linears as a
+multiple of the frozen ones; *packed*, N packed adapters against N one after the other.
 
 Times are medians over replays of a CUDA graph that rotates among input sets larger than the L2 cache.
 """
@@ -12,7 +17,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -25,11 +31,15 @@ from plora.kernels import cuda, reference, schedule
 from tests.kernels.problem import STANDARD_MIX, Problem, ragged
 
 TOKENS = 8192
-QWEN_7B = {"q": (3584, 3584), "k": (3584, 512), "v": (3584, 512), "o": (3584, 3584), "gate": (3584, 18944),
-           "up": (3584, 18944), "down": (18944, 3584)}  # fmt: skip
-LLAMA_8B = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "gate": (4096, 14336),
-            "up": (4096, 14336), "down": (14336, 4096)}  # fmt: skip
+GROUPS = {
+    "qwen2_5_7b": {"q,k,v": (3584, [3584, 512, 512]), "o": (3584, [3584]), "gate,up": (3584, [18944, 18944]),
+                   "down": (18944, [3584])},
+    "llama3_1_8b": {"q,k,v": (4096, [4096, 1024, 1024]), "o": (4096, [4096]), "gate,up": (4096, [14336, 14336]),
+                    "down": (14336, [4096])},
+}  # fmt: skip
+GROUP_KERNELS = ("down", "grad_down", "down_add")
 MIXES = {"standard mix": STANDARD_MIX, "128 x r16": [16] * 128}
+SLOTS = (264, 396, 660, 792, 1188, 1584, 3168, 7128)
 ROTATED_BYTES = 150e6  # thrice the L2 cache of an H100
 
 
@@ -67,52 +77,76 @@ def copy_bandwidth() -> float:
 
 
 class Case:
-    """The five kernels on ``Problem``s of one width, and plain torch's forms of them."""
+    """The kernels on ``Problem``s of a group, those of B on its first member, and plain torch's forms of them."""
 
-    def __init__(self, width: int, ranks: list[int], counts: list[int]) -> None:
-        sets = max(1, -(-int(ROTATED_BYTES) // (sum(counts) * width * 2)))
-        self.width, self.ranks = width, ranks
-        self.problems = [Problem(width, width, ranks, counts, seed=i) for i in range(sets)]
+    def __init__(self, d: int, outputs: list[int], ranks: list[int], counts: list[int]) -> None:
+        sets = max(1, -(-int(ROTATED_BYTES) // (sum(counts) * d * 2)))
+        self.problems = [Problem(d, outputs, ranks, counts, seed=i) for i in range(sets)]
+        first = self.problems[0]
+        shape = (first.rows, first.members * first.columns)
         # hidden, and room for another
-        self.state = [(p.random(p.rows, p.columns), p.random(p.rows, p.columns)) for p in self.problems]
-        self.out = [torch.empty_like(p.y) for p in self.problems]
+        self.state = [(p.random(*shape), p.random(*shape)) for p in self.problems]
+        self.out = [torch.empty_like(p.ys[0]) for p in self.problems]
+        self.dx = [torch.empty_like(p.x) for p in self.problems]
 
     def floors(self, bandwidth: float) -> dict[str, float]:
         """Least microseconds of each kernel: inputs read once, outputs and gradients written once."""
         first = self.problems[0]
-        rows = first.tables.rows.diff()[:-1]
-        tokens = first.rows * self.width * 2
-        factors, hidden = sum(self.ranks) * self.width * 2, int((rows * first.tables.rank).sum()) * 2
+        rows, n = first.tables.rows.diff()[:-1], first.members
+        ranks, hidden = sum(first.ranks), int((rows * first.tables.rank).sum()) * 2
+        d, out = first.d * 2, first.widths[0] * 2
         numbers = {
-            "down": tokens + factors + hidden,
-            "up_add": 2 * tokens + factors + hidden,
-            "grad_hidden_and_up": tokens + 3 * factors + 2 * hidden,
-            "grad_down": tokens + 2 * factors + hidden,
-            "down_add": tokens + factors + hidden,
+            "down": first.rows * d + n * (ranks * d + hidden),
+            "up_add": 2 * first.rows * out + ranks * out + hidden,
+            "grad_hidden_and_up": first.rows * out + 3 * ranks * out + 2 * hidden,
+            "grad_down": first.rows * d + n * (2 * ranks * d + hidden),
+            "down_add": first.rows * d + n * (ranks * d + hidden),
         }
         return {name: n / bandwidth * 1e6 for name, n in numbers.items()}
 
-    def down(self, i: int, steps: int = 0) -> None:
+    def down(self, i: int, slots: int = 0) -> None:
         p = self.problems[i]
-        cuda.down(p.x, p.weight, self.state[i][1], p.work, p.token_index, steps=steps)
+        cuda.down(p.x, p.weight, self.state[i][1], p.work, p.device_offsets, p.token_index, slots=slots)
 
-    def up_add(self, i: int, steps: int = 0) -> None:
+    def up_add(self, i: int, slots: int = 0) -> None:
         p = self.problems[i]
-        cuda.up(p.y, self.state[i][0], p.weight, self.out[i], p.work, p.token_index, steps=steps)
+        hidden, offsets = p.of_member(self.state[i][0], 0), p.device_offsets[0]
+        cuda.up(p.ys[0], hidden, p.weight, self.out[i], p.work, offsets, p.token_index, slots=slots)
 
     def grad_hidden_and_up(self, i: int, clusters: bool | None = None, per_run: int = 0) -> None:
-        p, (hidden, dhidden) = self.problems[i], self.state[i]
+        p = self.problems[i]
+        hidden, dhidden = (p.of_member(t, 0) for t in self.state[i])
         cuda.grad_hidden_and_up(
-            p.dy, hidden, p.weight, dhidden, p.grad, p.work, p.token_index, clusters=clusters, clusters_per_run=per_run
-        )
+            p.dys[0], hidden, p.weight, dhidden, p.grad, p.work, p.device_offsets[0], p.token_index,
+            clusters=clusters, clusters_per_run=per_run,
+        )  # fmt: skip
 
     def grad_down(self, i: int) -> None:
         p = self.problems[i]
-        cuda.grad_factor(p.x, self.state[i][0], p.grad, p.work, p.token_index)
+        cuda.grad_factor(p.x, self.state[i][0], p.grad, p.work, p.device_offsets, p.token_index)
 
-    def down_add(self, i: int, steps: int = 0) -> None:
+    def down_add(self, i: int, slots: int = 0) -> None:
         p = self.problems[i]
-        cuda.up(None, self.state[i][0], p.weight, self.out[i], p.work, p.token_index, backward=True, steps=steps)
+        hidden, offsets = self.state[i][0], p.device_offsets
+        cuda.up(None, hidden, p.weight, self.dx[i], p.work, offsets, p.token_index, backward=True, slots=slots)
+
+    def one_by_one(self) -> dict[str, float]:
+        """The group's three kernels in a launch for each member; all but the first add to dx."""
+
+        def run(i: int, kernel: str) -> None:
+            p = self.problems[i]
+            for m, offsets in enumerate(p.device_offsets.unbind()):
+                hidden = p.of_member(self.state[i][0], m)
+                if kernel == "down":
+                    cuda.down(p.x, p.weight, p.of_member(self.state[i][1], m), p.work, offsets, p.token_index)
+                elif kernel == "grad_down":
+                    cuda.grad_factor(p.x, hidden, p.grad, p.work, offsets, p.token_index)
+                else:
+                    dx = self.dx[i]
+                    y = dx if m else None
+                    cuda.up(y, hidden, p.weight, dx, p.work, offsets, p.token_index, backward=True)
+
+        return {kernel: self.time(lambda i, k=kernel: run(i, k)) for kernel in GROUP_KERNELS}  # type: ignore[misc]
 
     def time(self, call: Callable[[int], object]) -> float:
         return microseconds([lambda i=i: call(i) for i in range(len(self.problems))])  # type: ignore[misc]
@@ -122,12 +156,46 @@ class Case:
 
         def forward(i: int) -> None:
             p = self.problems[i]
-            reference.lora_add(p.x, p.y, p.weight, p.offsets, p.tables, p.token_index, p.columns)
+            hidden = reference.lora_down(p.x, p.weight, p.offsets, p.tables, p.token_index, p.columns)
+            reference.lora_up(p.ys, hidden, p.weight, p.offsets, p.tables)
 
         def backward(i: int) -> None:
             p = self.problems[i]
-            hidden = self.state[i][0]
-            reference.lora_add_backward(p.dy, p.x, hidden, p.weight, p.grad, p.offsets, p.tables, p.token_index, True)
+            dhidden = reference.lora_up_backward(p.dys, self.state[i][0], p.weight, p.grad, p.offsets, p.tables)
+            reference.lora_down_backward(dhidden, p.x, p.weight, p.grad, p.offsets, p.tables, p.token_index, True)
+
+        return {"forward": self.time(forward), "backward": self.time(backward)}
+
+    def bmm(self) -> dict[str, float]:
+        """One batched product for the adapters of each rank, which must have equal segments; gradients in bf16."""
+        first = self.problems[0]
+        if len(set(first.counts)) > 1:
+            return {}
+        sizes = [len(list(same)) for _, same in groupby(first.ranks)]
+        ranks = [rank for rank, _ in groupby(first.ranks)]
+        sets = [
+            [
+                (p.random(n, p.d, r), p.random(n, r, p.widths[0]), p.random(n, first.counts[0], r))
+                for n, r in zip(sizes, ranks, strict=True)
+            ]
+            for p in self.problems
+        ]
+
+        def split(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return t.view(len(first.ranks), -1, t.shape[1]).split(sizes)
+
+        def forward(i: int) -> None:
+            p = self.problems[i]
+            for x, y, out, (a, b, _) in zip(split(p.x), split(p.ys[0]), split(self.out[i]), sets[i], strict=True):
+                torch.baddbmm(y, torch.bmm(x, a), b, alpha=2.0, out=out)
+
+        def backward(i: int) -> None:
+            p = self.problems[i]
+            for x, dy, dx, (a, b, low) in zip(split(p.x), split(p.dys[0]), split(self.dx[i]), sets[i], strict=True):
+                dlow = torch.bmm(dy, b.mT)
+                torch.bmm(low.mT, dy)
+                torch.bmm(x.mT, dlow)
+                torch.bmm(dlow, a.mT, out=dx)
 
         return {"forward": self.time(forward), "backward": self.time(backward)}
 
@@ -135,7 +203,7 @@ class Case:
         """Torch's grouped product, all adapters at the widest rank: ``down``, and ``up`` without the add."""
         p = self.problems[0]
         ends = p.tables.rows[1:-1].to("cuda", torch.int32)
-        shape = (len(self.ranks), self.width, p.columns)
+        shape = (len(p.ranks), p.d, p.columns)
         factors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in self.problems]
         return {
             "down": self.time(lambda i: torch._grouped_mm(self.problems[i].x, factors[i], offs=ends)),
@@ -145,97 +213,173 @@ class Case:
         }
 
 
+def show_kernels(records: Records, name: str, case: Case, bandwidth: float, kernels: Sequence[str]) -> None:
+    """Record and print kernels' times beside their floors."""
+    floors = case.floors(bandwidth)
+    for kernel in kernels:
+        took = case.time(getattr(case, kernel))
+        records.add(name, "plora", f"{kernel}_us", took, "us")
+        records.add(name, "floor", f"{kernel}_us", floors[kernel], "us")
+        print(f"{name:36s} {kernel:20s} {took:8.1f} us  floor {floors[kernel]:7.1f}  {took / floors[kernel]:5.2f}x")
+
+
 def bench_kernels(records: Records, bandwidth: float) -> None:
-    """Each kernel's time and its multiple of the floor."""
-    even = TOKENS // 32
-    cases = {f"standard mix/{width}": (width, STANDARD_MIX, ragged(TOKENS, 32)) for width in (3584, 18944)} | {
+    """Each kernel's time and its multiple of the floor, on one linear."""
+    even = [TOKENS // 32] * 32
+    skewed = [TOKENS - 31 * 13, *[13] * 31]
+    cases = {f"standard mix/{width}": (width, STANDARD_MIX, ragged(TOKENS, 32)) for width in (512, 3584, 18944)} | {
+        "standard mix, equal/3584": (3584, STANDARD_MIX, even),
         "128 x r16/3584": (3584, [16] * 128, ragged(TOKENS, 128)),
-        "32 x r16, equal/3584": (3584, [16] * 32, [even] * 32),
-        "32 x r16, one with 95%/3584": (3584, [16] * 32, [TOKENS - 31 * 13, *[13] * 31]),
-        "32 x r64, equal/3584": (3584, [64] * 32, [even] * 32),
-        "32 x r64, one with 95%/3584": (3584, [64] * 32, [TOKENS - 31 * 13, *[13] * 31]),
+        "32 x r16, equal/3584": (3584, [16] * 32, even),
+        "32 x r16, one with 95%/3584": (3584, [16] * 32, skewed),
+        "32 x r64, equal/3584": (3584, [64] * 32, even),
+        "32 x r64, one with 95%/3584": (3584, [64] * 32, skewed),
     }
     for name, (width, ranks, counts) in cases.items():
-        case = Case(width, ranks, counts)
-        floors = case.floors(bandwidth)
-        for kernel in floors:
-            took = case.time(getattr(case, kernel))
-            records.add(name, "plora", f"{kernel}_us", took, "us")
-            records.add(name, "floor", f"{kernel}_us", floors[kernel], "us")
-            print(f"{name:32s} {kernel:20s} {took:8.1f} us  floor {floors[kernel]:7.1f}  {took / floors[kernel]:5.2f}x")
+        case = Case(width, [width], ranks, counts)
+        show_kernels(records, name, case, bandwidth, list(case.floors(bandwidth)))
         if width == 3584:
-            others = {"torch loop": case.loop, "torch _grouped_mm": case.grouped}
+            others = {"torch loop": case.loop, "torch bmm": case.bmm, "torch _grouped_mm": case.grouped}
             for provider, measure in others.items():
                 for metric, value in measure().items():
                     records.add(name, provider, f"{metric}_us", value, "us")
-                    print(f"{name:32s} {provider}: {metric} {value:8.1f} us")
+                    print(f"{name:36s} {provider}: {metric} {value:8.1f} us")
 
 
-def linear_times(d: int, n: int, ranks: list[int]) -> Iterator[tuple[str, float]]:
-    """One linear's forward and backward: frozen, and with the packed products (y and dx added to in place)."""
-    counts = ragged(TOKENS, len(ranks))
-    problems = [Problem(d, n, ranks, counts, seed=i) for i in range(max(1, int(ROTATED_BYTES / (TOKENS * d * 2))))]
-    weight = torch.randn(n, d, device="cuda", dtype=torch.bfloat16) * d**-0.5
-    hidden = torch.empty(TOKENS, problems[0].columns, device="cuda", dtype=torch.bfloat16)
-    dhidden, y = torch.empty_like(hidden), torch.empty_like(problems[0].y)
-    dx = torch.empty_like(problems[0].x)
+def bench_groups(records: Records, bandwidth: float) -> None:
+    """The passes over x and dx of linears that share an input: in one launch, and in one for each."""
+    for model, groups in GROUPS.items():
+        for mix, ranks in MIXES.items():
+            for name, (d, outputs) in groups.items():
+                if len(outputs) == 1:
+                    continue
+                # The outputs' widths do not enter.
+                case = Case(d, [16] * len(outputs), ranks, ragged(TOKENS, len(ranks)))
+                label = f"{model}/{mix}/{name}"
+                show_kernels(records, label, case, bandwidth, GROUP_KERNELS)
+                for kernel, took in case.one_by_one().items():
+                    records.add(label, "plora, one by one", f"{kernel}_us", took, "us")
+                    print(f"{label:36s} {kernel:20s} {took:8.1f} us  one by one")
+
+
+def linear_times(d: int, outputs: list[int], ranks: list[int], counts: list[int]) -> dict[str, float]:
+    """A group's forward and backward: frozen, and with the packed products (y and dx added to in place)."""
+    tokens = sum(counts)
+    problems = [
+        Problem(d, outputs, ranks, counts, seed=i) for i in range(max(1, int(ROTATED_BYTES / (tokens * d * 2))))
+    ]
+    first = problems[0]
+    weights = [torch.randn(n, d, device="cuda", dtype=torch.bfloat16) * d**-0.5 for n in outputs]
+    hidden = first.random(tokens, first.members * first.columns)
+    dhidden, ys, dx = torch.empty_like(hidden), [torch.empty_like(y) for y in first.ys], torch.empty_like(first.x)
+
+    def forward(p: Problem) -> None:
+        for weight, y in zip(weights, ys, strict=True):
+            torch.mm(p.x, weight.T, out=y)
+
+    def backward(p: Problem) -> None:
+        torch.mm(p.dys[0], weights[0], out=dx)
+        for weight, dy in zip(weights[1:], p.dys[1:], strict=True):
+            dx.addmm_(dy, weight)
 
     def frozen(p: Problem) -> None:
-        torch.mm(p.x, weight.T, out=y)
-        torch.mm(p.dy, weight, out=dx)
+        forward(p)
+        backward(p)
 
     def packed(p: Problem) -> None:
-        torch.mm(p.x, weight.T, out=y)
-        cuda.down(p.x, p.weight, hidden, p.work, p.token_index)
-        cuda.up(y, hidden, p.weight, y, p.work, p.token_index)
-        cuda.grad_hidden_and_up(p.dy, hidden, p.weight, dhidden, p.grad, p.work, p.token_index)
-        cuda.grad_factor(p.x, dhidden, p.grad, p.work, p.token_index)
-        torch.mm(p.dy, weight, out=dx)
-        cuda.up(dx, dhidden, p.weight, dx, p.work, p.token_index, backward=True)
+        forward(p)
+        members = [(p.of_member(hidden, m), p.of_member(dhidden, m), p.device_offsets[m]) for m in range(p.members)]
+        cuda.down(p.x, p.weight, hidden, p.work, p.device_offsets, p.token_index)
+        for y, (low, _, offsets) in zip(ys, members, strict=True):
+            cuda.up(y, low, p.weight, y, p.work, offsets, p.token_index)
+        for dy, (low, dlow, offsets) in zip(p.dys, members, strict=True):
+            cuda.grad_hidden_and_up(dy, low, p.weight, dlow, p.grad, p.work, offsets, p.token_index)
+        cuda.grad_factor(p.x, dhidden, p.grad, p.work, p.device_offsets, p.token_index)
+        backward(p)
+        cuda.up(dx, dhidden, p.weight, dx, p.work, p.device_offsets, p.token_index, backward=True)
 
-    for name, call in (("frozen", frozen), ("plora", packed)):
-        yield name, microseconds([lambda p=p, call=call: call(p) for p in problems])  # type: ignore[misc]
+    calls = {"frozen": frozen, "plora": packed}
+    return {name: microseconds([lambda p=p, c=c: c(p) for p in problems]) for name, c in calls.items()}  # type: ignore[misc]
 
 
 def bench_linears(records: Records) -> None:
-    """A layer's seven linears one by one, as a multiple of the frozen ones."""
-    for model, linears in {"qwen2_5_7b": QWEN_7B, "llama3_1_8b": LLAMA_8B}.items():
+    """A layer's seven linears, each group by itself, as a multiple of the frozen ones."""
+    for model, groups in GROUPS.items():
         for mix, ranks in MIXES.items():
             total = {"frozen": 0.0, "plora": 0.0}
-            for name, (d, n) in linears.items():
-                times = dict(linear_times(d, n, ranks))
-                records.add(f"{model}/{mix}/{name}_proj", "plora", "over_frozen", times["plora"] / times["frozen"], "x")
+            for name, (d, outputs) in groups.items():
+                times = linear_times(d, outputs, ranks, ragged(TOKENS, len(ranks)))
+                records.add(f"{model}/{mix}/{name}", "plora", "over_frozen", times["plora"] / times["frozen"], "x")
                 total = {key: total[key] + times[key] for key in total}
+                multiple = times["plora"] / times["frozen"]
+                print(f"{model:12s} {mix:14s} {name:8s} frozen {times['frozen']:8.0f} us, packed {multiple:.3f}x")
             multiple = total["plora"] / total["frozen"]
             records.add(f"{model}/{mix}/seven linears", "plora", "over_frozen", multiple, "x")
             records.add(f"{model}/{mix}/seven linears", "frozen", "forward_backward_us", total["frozen"], "us")
             print(f"{model:12s} {mix:14s} seven linears: frozen {total['frozen']:8.0f} us, packed {multiple:.3f}x")
 
 
+def torch_lora_us(width: int, rank: int, tokens: int, n: int) -> float:
+    """``n`` adapters one after the other in plain torch, each over the frozen linear on its own tokens."""
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    base = torch.randn(width, width, **options) * width**-0.5
+    a, b = (torch.randn(n, rank, width, **options) * width**-0.5 for _ in range(2))
+    x, dy = (torch.randn(n, tokens, width, **options) for _ in range(2))
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+
+    def run() -> None:
+        for i in range(n):
+            low = x[i] @ a[i].T
+            (x[i] @ base.T).addmm_(low, b[i], alpha=2.0)
+            dlow = (dy[i] @ b[i].T) * 2.0
+            grad_b[i].addmm_(low.T, dy[i], alpha=2.0)
+            grad_a[i].addmm_(dlow.T, x[i])
+            (dy[i] @ base).addmm_(dlow, a[i])
+
+    return microseconds([run])
+
+
+def bench_packed(records: Records) -> None:
+    """PLoRA's table 7: N adapters of rank 64 packed, over N one after the other; 1024 tokens each."""
+    width, rank, tokens = 3584, 64, 1024
+    for n in (2, 8, 32):
+        alone = torch_lora_us(width, rank, tokens, n)
+        packed = linear_times(width, [width], [rank] * n, [tokens] * n)["plora"]
+        name = f"{n} x r{rank}, {tokens} tokens each/{width}"
+        records.add(name, "torch, one after the other", "forward_backward_us", alone, "us")
+        records.add(name, "plora", "forward_backward_us", packed, "us")
+        print(f"{name:36s} packed {packed:8.0f} us, one after the other {alone:8.0f} us: {alone / packed:.2f}x")
+
+
 def sweep() -> None:
     """Times around the tuned parameters, on the standard mix."""
     chosen = schedule.RUN_ROWS
     for width in (3584, 18944):
-        case = Case(width, STANDARD_MIX, ragged(TOKENS, 32))
+        case = Case(width, [width], STANDARD_MIX, ragged(TOKENS, 32))
 
         def show(what: str, call: Callable[[int], object], case: Case = case, width: int = width) -> None:
             print(f"width {width} {what:40s} {case.time(call):8.1f} us")
 
-        for steps in (4, 5, 6, 7, 8, 10, 14, 19, 37):
-            show(f"up_add, {steps} steps", lambda i, c=case, s=steps: c.up_add(i, s))  # type: ignore[misc]
-            show(f"down_add, {steps} steps", lambda i, c=case, s=steps: c.down_add(i, s))  # type: ignore[misc]
-            if -(-width // 64 // steps) <= schedule.MAX_SPLITS:
-                show(f"down, {steps} steps", lambda i, c=case, s=steps: c.down(i, s))  # type: ignore[misc]
+        for slots in SLOTS:
+            show(f"up_add, {slots} slots", lambda i, c=case, s=slots: c.up_add(i, s))  # type: ignore[misc]
+            show(f"down_add, {slots} slots", lambda i, c=case, s=slots: c.down_add(i, s))  # type: ignore[misc]
+            show(f"down, {slots} slots", lambda i, c=case, s=slots: c.down(i, s))  # type: ignore[misc]
         for n in (1, 2, 4):
             call = lambda i, c=case, n=n: c.grad_hidden_and_up(i, per_run=n)  # type: ignore[misc]  # noqa: E731
             show(f"grad_hidden_and_up, {n} clusters a run", call)
         show("grad_hidden_and_up, without clusters", lambda i, c=case: c.grad_hidden_and_up(i, False))  # type: ignore[misc]
         for rows in (128, 256, 512, 1024):
             schedule.RUN_ROWS = rows
-            case = Case(width, STANDARD_MIX, ragged(TOKENS, 32))
+            case = Case(width, [width], STANDARD_MIX, ragged(TOKENS, 32))
             show(f"grad_down, runs of {rows} rows", case.grad_down, case)
             show(f"grad_hidden_and_up without, runs of {rows}", lambda i, c=case: c.grad_hidden_and_up(i, False), case)  # type: ignore[misc]
         schedule.RUN_ROWS = chosen
+    for members in (2, 3):
+        case = Case(3584, [16] * members, STANDARD_MIX, ragged(TOKENS, 32))
+        for slots in SLOTS:
+            for kernel, call in (("down", case.down), ("down_add", case.down_add)):
+                took = case.time(lambda i, c=call, s=slots: c(i, s))  # type: ignore[misc]
+                print(f"{members} members {f'{kernel}, {slots} slots':40s} {took:8.1f} us")
 
 
 def main() -> None:
@@ -243,17 +387,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--sweep", action="store_true", help="time the tuned parameters' neighbours instead")
-    parser.add_argument("--only", choices=("kernels", "linears"), help="one of the two tables")
+    parser.add_argument("--only", choices=("kernels", "groups", "linears", "packed"), help="one of the tables")
     options = parser.parse_args()
     if options.sweep:
         return sweep()
     records, bandwidth = Records("kernels"), copy_bandwidth()
     records.add("copy", "torch", "bandwidth", bandwidth / 1e12, "TB/s")
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s")
-    if options.only != "linears":
-        bench_kernels(records, bandwidth)
-    if options.only != "kernels":
-        bench_linears(records)
+    tables: dict[str, Callable[[], None]] = {
+        "kernels": lambda: bench_kernels(records, bandwidth),
+        "groups": lambda: bench_groups(records, bandwidth),
+        "linears": lambda: bench_linears(records),
+        "packed": lambda: bench_packed(records),
+    }
+    for name in (options.only,) if options.only else tables:
+        tables[name]()
     records.write(options.json)
     return None
 

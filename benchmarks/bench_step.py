@@ -171,7 +171,10 @@ def packed(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
         steps = dict.fromkeys(adapters.slots, 0)
 
         def forward_backward() -> torch.Tensor:
-            return batch_gradients(base, adapters, batches, steps, case.microbatch, compile_loss=True)[0]
+            losses, _ = batch_gradients(
+                base, adapters, batches, steps, case.microbatch, compile_loss=True, zero_grad=optimizer.zero_grad_
+            )
+            return losses
 
         def step() -> None:
             optimizer.step(rates, forward_backward())

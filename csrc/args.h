@@ -17,12 +17,13 @@ struct alignas(16) Piece {
   int32_t rows;        // 0: unused
   int32_t rank_begin;  // first rank row
   int32_t ranks;       // rank rows of this piece
-  int32_t rank;        // of the whole adapter
+  int32_t rank;        // of the whole adapter, in one member
   int32_t scratch;     // where its sums lie in the workspace, in blocks of kScratchBlock floats
   float scale;
   int32_t limit;  // dropout threshold; 0: none
   uint32_t key_low, key_high;
-  int32_t unused[5];
+  int32_t share;  // of the work of all pieces of the list, in 1/65536
+  int32_t unused[4];
 };
 static_assert(sizeof(Piece) == 64, "four 16-byte loads");
 
@@ -39,6 +40,10 @@ struct Schedule {
   const int64_t* begin;        // [K] where each slot's factor begins in the arena; negative: absent
   const int64_t* input_key;    // [1] dropout key of the module's input
   const int32_t* token_index;  // [T]
+  // Of a group, the linears that share the input; see group.cuh. The last two lead from one member to the next.
+  int members;
+  int64_t begin_step;   // in `begin`
+  int64_t hidden_step;  // in columns of hidden
 };
 
 // hidden = scale? * dropout(x) F^T for the factor F [r, width].
@@ -50,11 +55,12 @@ struct DownArgs {
   float* partials;    // count * splits blocks
   int32_t* counters;  // zero, and left so
   int64_t width, hidden_stride;
-  int steps;  // of 64 columns, that a split walks
+  // Blocks that the columns of all pieces are shared among, by the pieces' shares, and of one piece at most.
+  int slots, splits;
   bool use_dropout, use_scale;
 };
 
-// out = y + mask * scale * hidden F.
+// out = y + mask * scale * hidden F, summed over the members.
 struct UpArgs {
   Schedule schedule;
   const void* y;  // null: zero
@@ -62,8 +68,7 @@ struct UpArgs {
   const void* factors;
   void* out;  // may be y
   int64_t width, hidden_stride;
-  int steps;  // of 64 columns, that a block walks
-  int max_rank;
+  int slots, splits;  // as of DownArgs
   bool use_dropout, use_scale;
 };
 
@@ -92,11 +97,14 @@ struct GradHiddenArgs {
 };
 
 constexpr int kCluster = 8;
-constexpr int kMaxSplits = 16;
+constexpr int kMostMembers = 3, kMostRank = 256;
+// Blocks that share the width of `down`, at most: what the workspace is made for.
+constexpr int kMaxSplits = 16, kMaxGroupSplits = 8;
+constexpr int max_splits(int members) { return members > 1 ? kMaxGroupSplits : kMaxSplits; }
 
-// Steps by default, for the current device.
-int down_steps(int64_t width);
-int up_steps(int64_t width);
+// Slots by default, for the current device.
+int down_slots(int64_t width, int count, int members);
+int up_slots(int64_t width, int count);
 
 // Each returns a cudaError_t; `stream` is a cudaStream_t.
 int down(const DownArgs& args, void* stream);

@@ -3,15 +3,16 @@
 namespace plora {
 
 int down(const DownArgs& args, void* stream) {
-  const dim3 grid(ceil_div(ceil_div(args.width, kPanel), args.steps), args.schedule.count);
+  const dim3 grid(args.splits, args.schedule.count);
   const bool vector = args.width % 8 == 0 && on_16_bytes(args.x) && on_16_bytes(args.factors);
   return launch(vector ? down_kernel<true> : down_kernel<false>, args, grid, kDownThreads, &Tuned::down, 0, stream);
 }
 
-int down_steps(int64_t width) {
-  // Not more than kMaxSplits, for which the workspace was made.
-  const int least = ceil_div(ceil_div(width, kPanel), kMaxSplits), wanted = tuned(device_arch()).down_steps;
-  return wanted > least ? wanted : least;
+int down_slots(int64_t width, int count, int members) {
+  const Tuned row = tuned(device_arch());
+  const int blocks = (members > 2 ? row.down_blocks_of_three : row.down_blocks) * multiprocessors();
+  const int walks = ceil_div(static_cast<int64_t>(ceil_div(width, kPanel)) * count, row.down_steps);
+  return blocks > walks ? blocks : walks;
 }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -1,37 +1,44 @@
 // grad F += scale * hidden^T dropout(x): a block owns some tokens and 128 columns and walks the tokens,
-// the sums of all ranks in registers. Serves grad_down (F = A, hidden = dh) and, where dh and dB are made
-// apart, dB (F = B, x = dy).
+// the sums of all ranks, of whichever members, in registers. Serves grad_down (F = A, hidden = dh) and, where dh and dB
+// are made apart, dB (F = B, x = dy).
 //
 // Eight warps of 16 columns each. x and hidden stream through shared memory, 64 tokens a stage.
 #pragma once
 
-#include "tile.cuh"
+#include "group.cuh"
 
 namespace plora {
 
 constexpr int kGradThreads = 256;
 constexpr int kGradColumns = 128;
 
-// grad += scale * sums, fragments of kM * 16 ranks by kN * 8 columns from `column` on.
-template <int kM, int kN>
-__device__ void add_to_factor_grad(float* grad, int64_t width, int ranks, int64_t column,
-                                   const float (&sums)[kM][kN][4], float scale) {
+// grad += scale * sums, fragments of 16 ranks by kN * 8 columns from `column` on.
+template <int kN>
+__device__ inline void add_to_factor_grad(float* grad, int64_t width, int ranks, int64_t column,
+                                          const float (&sums)[kN][4], float scale) {
   const int lane = threadIdx.x % 32;
   const bool aligned = width % 2 == 0;
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+  for (int n = 0; n < kN; ++n) {
+    const int64_t at = column + n * 8 + lane % 4 * 2;
+    if (at >= width) continue;
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const int64_t at = column + n * 8 + lane % 4 * 2;
-      if (at >= width) continue;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int rank = m * 16 + lane / 4 + half * 8;
-        if (rank >= ranks) continue;
-        add_to(grad + rank * width + at, sums[m][n][half * 2] * scale, sums[m][n][half * 2 + 1] * scale, at + 1 < width,
-               aligned);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int rank = lane / 4 + half * 8;
+      if (rank >= ranks) continue;
+      add_to(grad + rank * width + at, sums[n][half * 2] * scale, sums[n][half * 2 + 1] * scale, at + 1 < width,
+             aligned);
     }
+  }
+}
+
+// The same for kM * 16 ranks of one factor.
+template <int kM, int kN>
+__device__ inline void add_to_factor_grad(float* grad, int64_t width, int ranks, int64_t column,
+                                          const float (&sums)[kM][kN][4], float scale) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    add_to_factor_grad<kN>(grad + m * kChunk * width, width, ranks - m * kChunk, column, sums[m], scale);
   }
 }
 
@@ -74,51 +81,64 @@ struct GradFactorTile {
   static_assert(kStages >= 2);
 
   template <bool kVector>
-  __device__ static void run(const GradFactorArgs& args, const Piece& piece, bf16* shared) {
+  __device__ static void run(const GradFactorArgs& args, const Piece& piece, const Chunk* chunks, bf16* shared) {
     const int warp = threadIdx.x / 32;
     const int64_t column = static_cast<int64_t>(blockIdx.x) * kGradColumns;
     const int steps = ceil_div(piece.rows, kTileRows);
     const bf16* x = static_cast<const bf16*>(args.x) + piece.row * args.width + column;
-    const bf16* hidden = static_cast<const bf16*>(args.hidden) + piece.row * args.hidden_stride + piece.rank_begin;
+    const int own = own_hidden_column<kRank>();
+    const bf16* hidden = static_cast<const bf16*>(args.hidden) + piece.row * args.hidden_stride;
+    // What is read for ranks that do not exist, or that a member lacks, enters their sums alone.
+    if (own < piece.ranks) {
+      hidden += hidden_column(args.schedule, piece, (piece.rank_begin + own) / kChunk) + own % kChunk;
+    }
     const Dropout dropout(piece, args.schedule.input_key, args.width);
     const bool dropping = args.use_dropout && dropout.limit != 0;
-    const auto load = [&](int step) {
-      bf16* stage = shared + step % kStages * kStageElems;
-      const int row = step * kTileRows, rows = piece.rows - row;
-      load_tile<kTileRows, kGradColumns, kGradThreads, kVector>(stage, x + row * args.width, args.width, rows,
-                                                                args.width - column);
-      load_tile<kTileRows, kRank, kGradThreads, true>(stage + kX, hidden + row * args.hidden_stride, args.hidden_stride,
-                                                      rows, piece.ranks);
+    int left = piece.rows;  // to load
+    const int32_t* token_index = args.schedule.token_index + piece.row;
+    int filled = 0;
+    const auto load = [&] {
+      bf16* stage = shared + filled;
+      load_tile<kTileRows, kGradColumns, kGradThreads, kVector>(stage, x, args.width, left, args.width - column);
+      load_hidden<kRank, kGradThreads>(stage + kX, hidden, args.hidden_stride, left);
       if (dropping && threadIdx.x < kTileRows) {
-        const int token = piece.row + row + min(static_cast<int>(threadIdx.x), rows - 1);
         reinterpret_cast<uint32_t*>(stage + kX + kHidden)[threadIdx.x] =
-            args.schedule.token_index[token] * dropout.pairs;
+            token_index[min(static_cast<int>(threadIdx.x), left - 1)] * dropout.pairs;
       }
+      left -= kTileRows, token_index += kTileRows;
+      x += kTileRows * args.width, hidden += kTileRows * args.hidden_stride;
+      filled = filled + kStageElems == kStages * kStageElems ? 0 : filled + kStageElems;
     };
 
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) {
-      if (step < steps) load(step);
-      cute::cp_async_fence();
-    }
-    const int64_t begin = __ldg(args.schedule.begin + piece.slot);
     float sums[kRank / 16][2][4] = {};
-    for (int step = 0; step < steps; ++step) {
-      cute::cp_async_wait<kStages - 2>();
-      __syncthreads();
-      if (begin < 0) break;
-      if (step + kStages - 1 < steps) load(step + kStages - 1);
+    int used = 0;
+    // The first turns only fill the pipeline: its code is long, and fetching it takes time.
+#pragma unroll 1
+    for (int turn = 0; turn < steps + kStages - 1; ++turn) {
+      if (turn >= kStages - 1) {
+        cute::cp_async_wait<kStages - 2>();
+        __syncthreads();
+      }
+      if (turn < steps) load();
       cute::cp_async_fence();
-      const bf16* stage = shared + step % kStages * kStageElems;
+      if (turn < kStages - 1) continue;
+      const bf16* stage = shared + used;
+      used = used + kStageElems == kStages * kStageElems ? 0 : used + kStageElems;
       const uint32_t* draws = reinterpret_cast<const uint32_t*>(stage + kX + kHidden);
-      accumulate_factor_grad<kRank>(sums, stage + kX, stage, warp * 16, [&](Fragment& b, int k) {
-        if (dropping) mask(b, dropout, draws + k, column + warp * 16);
-      });
+      // Apart, because a branch within would keep loads from overlapping products.
+      if (dropping) {
+        accumulate_factor_grad<kRank>(sums, stage + kX, stage, warp * 16,
+                                      [&](Fragment& b, int k) { mask(b, dropout, draws + k, column + warp * 16); });
+      } else {
+        accumulate_factor_grad<kRank>(sums, stage + kX, stage, warp * 16, [](Fragment&, int) {});
+      }
     }
-    if (begin < 0) return cute::cp_async_wait<0>();
     const float scale = (args.use_scale ? piece.scale : 1.f) * (dropping ? dropout.keep_scale : 1.f);
-    add_to_factor_grad<kRank / 16, 2>(args.grad + begin + piece.rank_begin * args.width, args.width, piece.ranks,
-                                      column + warp * 16, sums, scale);
+#pragma unroll
+    for (int m = 0; m < kRank / kChunk; ++m) {
+      const Chunk chunk = chunks[m];
+      add_to_factor_grad<2>(args.grad + chunk.begin, args.width, chunk.ranks, column + warp * 16, sums[m], scale);
+    }
   }
 
   // The fragment's two elements are of one column and two tokens, whereas a draw serves two columns of one
@@ -143,8 +163,11 @@ __global__ void __launch_bounds__(kGradThreads, 3) grad_factor_kernel(const Grad
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
   if (piece.rows == 0 || piece.slot < 0) return;
+  constexpr int kChunks = kRunRanks / kChunk;
+  __shared__ Chunk chunks[kChunks];
+  if (!find_chunks(chunks, kChunks, args.schedule, piece, piece.rank_begin / kChunk, args.width)) return;
   with_rank_class<kRunRanks>(piece.ranks, [&](auto rank) {
-    GradFactorTile<rank>::template run<kVector>(args, piece, reinterpret_cast<bf16*>(shared));
+    GradFactorTile<rank>::template run<kVector>(args, piece, chunks, reinterpret_cast<bf16*>(shared));
   });
 }
 

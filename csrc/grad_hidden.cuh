@@ -44,7 +44,7 @@ struct GradHiddenTile {
     load_tile<kRank, kGradColumns, kGradThreads, kVector>(
         shared, static_cast<const bf16*>(args.factors) + offset + column, args.width, piece.ranks, args.width - column);
     cute::cp_async_fence();
-#pragma unroll
+#pragma unroll 1
     for (int step = 1; step < kStages - 1; ++step) {
       if (step < steps) load(step);
       cute::cp_async_fence();

@@ -74,7 +74,7 @@ struct GradHiddenCluster {
       load_tile<kTileRows, kRank, kGradThreads, true>(hidden + row * kRank, hidden_from + row * args.hidden_stride,
                                                       args.hidden_stride, piece.rows - row, piece.ranks);
     }
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < kStages - 1; ++step) {
       if (step < steps) load(step);
       cute::cp_async_fence();

@@ -6,8 +6,8 @@
 
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/mma_sm80.hpp>
-#include <cute/swizzle.hpp>
 
 #include "args.h"
 #include "tuned.h"
@@ -54,7 +54,7 @@ template <int kWidth>
 __device__ inline int swizzled(int row, int column) {
   constexpr int kBits = kWidth == 64 ? 3 : kWidth == 32 ? 2 : 1;
   static_assert(kWidth == 64 || kWidth == 32 || kWidth == 16, "panel width");
-  return cute::Swizzle<kBits, 3, 3>::apply(row * kWidth + column);
+  return row * kWidth + (column ^ (((row >> (3 - kBits)) & ((1 << kBits) - 1)) << 3));
 }
 
 // Element of a tile of kRows rows, wider than one panel where kWidth > 64.
@@ -67,33 +67,44 @@ __device__ inline int in_tile(int row, int column) {
   }
 }
 
-// Copies kRows x kWidth elements; what lies beyond `rows` or `columns` becomes zero.
+// The same at (row + lane_row, column + lane_column) where only the latter two depend on the lane, row is a multiple
+// of 8, column one of 16 and lane_column below 16: only the lane's part is swizzled, once for all rows and columns.
+template <int kRows, int kWidth>
+__device__ inline int in_tile(int row, int column, int lane_row, int lane_column) {
+  constexpr int kPanelWidth = kWidth < kPanel ? kWidth : kPanel;
+  return column / kPanelWidth * kRows * kPanelWidth + row * kPanelWidth +
+         (swizzled<kPanelWidth>(lane_row, lane_column) ^ column % kPanelWidth);
+}
+
+// Copies kRows x kWidth elements; what lies beyond `rows` or `columns` becomes zero and is not read.
 // kVector: source rows are 16-byte aligned and `columns` a multiple of 8, or what follows is zero.
 template <int kRows, int kWidth, int kThreads, bool kVector>
 __device__ inline void load_tile(bf16* tile, const bf16* source, int64_t stride, int rows, int64_t columns) {
-  constexpr int kChunks = kWidth / 8, kTotal = kRows * kChunks;
+  constexpr int kChunks = kWidth / 8, kStep = kThreads / kChunks;  // rows at a time
+  static_assert(kThreads % kChunks == 0 && kStep % 8 == 0, "rows of a step must be swizzled as those of the next");
+  const int row = threadIdx.x / kChunks, column = threadIdx.x % kChunks * 8;
+  bf16* to = tile + in_tile<kRows, kWidth>(row, column);
+  const bf16* from = source + row * stride + column;
+  rows = column < columns ? rows : 0;
 #pragma unroll
-  for (int i = 0; i < ceil_div(kTotal, kThreads); ++i) {
-    const int c = i * kThreads + threadIdx.x;
-    if (kTotal % kThreads != 0 && c >= kTotal) break;
-    const int row = c / kChunks, column = c % kChunks * 8;
-    bf16* to = tile + in_tile<kRows, kWidth>(row, column);
-    const bool inside = row < rows && column < columns;
+  for (int i = 0; i < kRows; i += kStep) {
+    if (kRows % kStep != 0 && i + row >= kRows) break;
+    const bool inside = i + row < rows;
+    bf16* at = to + i * (kWidth < kPanel ? kWidth : kPanel);
     if constexpr (kVector) {
-      const bf16* from = inside ? source + row * stride + column : source;
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*reinterpret_cast<const cute::uint128_t*>(from),
-                                                                   *reinterpret_cast<cute::uint128_t*>(to), inside);
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+          *reinterpret_cast<const cute::uint128_t*>(from + i * stride), *reinterpret_cast<cute::uint128_t*>(at),
+          inside);
     } else {
-      const bf16* from = source + row * stride + column;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        to[e] = inside && column + e < columns ? from[e] : __float2bfloat16(0.f);
+        at[e] = inside && column + e < columns ? from[i * stride + e] : __float2bfloat16(0.f);
       }
     }
   }
 }
 
-// ---- Fragments of m16n8k16. `lane` is the thread's index in its warp.
+// ---- Fragments of m16n8k16. `lane` is the thread's index in its warp; rows, columns and k are multiples of 16.
 
 struct Fragment {
   uint32_t r[4];
@@ -119,26 +130,42 @@ __device__ inline void multiply_add(float (&c)[4], const Fragment& a, uint32_t b
 // Left operand [16 rows, 16 k] of a tile whose columns are k.
 template <int kRows, int kWidth>
 __device__ inline Fragment left_fragment(const bf16* tile, int row, int k, int lane) {
-  return load_fragment(tile + in_tile<kRows, kWidth>(row + lane % 16, k + lane / 16 * 8));
+  return load_fragment(tile + in_tile<kRows, kWidth>(row, k, lane % 16, lane / 16 * 8));
 }
 
 // Right operand [16 k, 16 columns] of a tile whose rows are the columns and whose columns are k:
 // r[0], r[1] for columns 0 to 7, r[2], r[3] for 8 to 15.
 template <int kRows, int kWidth>
 __device__ inline Fragment right_fragment(const bf16* tile, int column, int k, int lane) {
-  return load_fragment(tile + in_tile<kRows, kWidth>(column + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+  return load_fragment(tile + in_tile<kRows, kWidth>(column, k, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
 }
 
 // The same where the tile's rows are k.
 template <int kRows, int kWidth>
 __device__ inline Fragment right_fragment_of_rows(const bf16* tile, int k, int column, int lane) {
-  return load_fragment_transposed(tile + in_tile<kRows, kWidth>(k + lane % 16, column + lane / 16 * 8));
+  return load_fragment_transposed(tile + in_tile<kRows, kWidth>(k, column, lane % 16, lane / 16 * 8));
 }
 
 // Left operand [16 rows, 16 k] where the tile's rows are k and its columns the operand's rows.
 template <int kRows, int kWidth>
 __device__ inline Fragment left_fragment_of_rows(const bf16* tile, int k, int row, int lane) {
-  return load_fragment_transposed(tile + in_tile<kRows, kWidth>(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+  return load_fragment_transposed(tile + in_tile<kRows, kWidth>(k, row, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
+}
+
+// Writes back what left_fragment reads: the sums of 16 rows and 16 columns, two neighbours in each word.
+template <int kRows, int kWidth>
+__device__ inline void store_fragment(bf16* tile, int row, int column, int lane, const Fragment& f) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cute::SM90_U32x4_STSM_N::copy(
+      f.r[0], f.r[1], f.r[2], f.r[3],
+      *reinterpret_cast<cute::uint128_t*>(tile + in_tile<kRows, kWidth>(row, column, lane % 16, lane / 16 * 8)));
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = in_tile<kRows, kWidth>(row + i % 2 * 8, column, lane / 4, i / 2 * 8 + lane % 4 * 2);
+    *reinterpret_cast<uint32_t*>(tile + at) = f.r[i];
+  }
+#endif
 }
 
 __device__ inline uint32_t pack(float low, float high) {

@@ -1,16 +1,16 @@
-// out = y + mask * scale * hidden F: a tile of tokens walks over columns, the adapter's ranks being the
-// inner dimension. Serves up_add (F = B) and, with dropout's mask, down_add (F = A).
+// out = y + mask * scale * hidden F: a tile of tokens walks over columns, the adapter's ranks in all members being
+// the inner dimension. Serves up_add (F = B) and, with dropout's mask, down_add (F = A).
 //
 // Four warps of 16 tokens each. F and y stream through shared memory, 64 columns a stage; the sum is made
-// in y's place and leaves in whole lines. Ranks beyond 128 take a second step on the same columns.
+// in y's place and leaves in whole lines. More than 128 ranks take several steps on the same columns, hidden
+// streaming too, and the pieces of the same tokens share the columns.
 #pragma once
 
-#include "tile.cuh"
+#include "group.cuh"
 
 namespace plora {
 
 constexpr int kUpThreads = 128;
-constexpr int kHiddenElems = kTileRows * kTileRanks;
 
 // Copies y to out, or zeroes out, where there is no adapter.
 template <bool kVector>
@@ -32,68 +32,86 @@ __device__ void copy_columns(const UpArgs& args, const Piece& piece, int64_t fir
   }
 }
 
-template <int kRank>
+// kMany: in parts of kRank ranks.
+template <int kRank, bool kMany>
 struct UpTile {
-  static constexpr int kHidden = kTileRows * kRank;  // of one step's ranks
-  static constexpr int kStageElems = kRank * kPanel + kPanelElems;
-  static constexpr int kStages = stages(tuned(kArch).up, kHidden * 2, kStageElems * 2);
+  static constexpr int kHidden = kTileRows * kRank, kFactor = kRank * kPanel;
+  static constexpr int kHeld = kMany ? 0 : kHidden;
+  static constexpr int kStageElems = kFactor + kPanelElems + (kMany ? kHidden : 0);
+  static constexpr int kStages = stages(tuned(kArch).up, kHeld * 2, kStageElems * 2);
   static_assert(kStages >= 2);
+  using Sums = float[kPanel / 8][4];
 
   template <bool kVector>
-  __device__ static void run(const UpArgs& args, const Piece& piece, int64_t begin, bf16* shared) {
+  __device__ static void run(const UpArgs& args, const Piece& piece, const Split& split, const Chunk* chunks,
+                             int all_ranks, bf16* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int parts = kRank < kTileRanks ? 1 : ceil_div(piece.rank, kTileRanks);
-    const int first = blockIdx.x * args.steps;
-    const int steps = min(args.steps, ceil_div(args.width, kPanel) - first) * parts;
-    const bf16* factor = static_cast<const bf16*>(args.factors) + begin;
+    const int parts = kMany ? ceil_div(all_ranks, kRank) : 1;
+    const int panels = ceil_div(args.width, kPanel);
+    const int first = split.first(panels), steps = (split.last(panels) - first) * parts;
+    int64_t columns = args.width - first * kPanel;  // from the next to load on
+    const bf16* factors = static_cast<const bf16*>(args.factors) + first * kPanel;
     const bf16* hidden = static_cast<const bf16*>(args.hidden) + piece.row * args.hidden_stride;
-    const bf16* y = args.y ? static_cast<const bf16*>(args.y) + piece.row * args.width : nullptr;
-    bf16* pipeline = shared + parts * kHidden;
-    const auto load = [&](int step) {
-      bf16* stage = pipeline + step % kStages * kStageElems;
-      const int part = step % parts;
-      const int64_t column = static_cast<int64_t>(first + step / parts) * kPanel;
-      load_tile<kRank, kPanel, kUpThreads, kVector>(stage, factor + part * kTileRanks * args.width + column, args.width,
-                                                    piece.rank - part * kTileRanks, args.width - column);
-      if (y && part == parts - 1) {
-        load_tile<kTileRows, kPanel, kUpThreads, kVector>(stage + kRank * kPanel, y + column, args.width, piece.rows,
-                                                          args.width - column);
+    const int64_t at = piece.row * args.width + first * kPanel;
+    const bf16* y = args.y ? static_cast<const bf16*>(args.y) + at : nullptr;
+    bf16* out = static_cast<bf16*>(args.out) + at;
+    bf16* pipeline = shared + kHeld;
+    const auto load_hidden_part = [&](bf16* tile, int part) {
+      const int own = own_hidden_column<kRank>();
+      const Chunk chunk = chunks[(part * kRank + own) / kChunk];
+      load_hidden<kRank, kUpThreads>(tile, hidden + chunk.column + own % kChunk, args.hidden_stride,
+                                     chunk.ranks > 0 ? piece.rows : 0);
+    };
+    int filled = 0, filled_part = 0;
+    const auto load = [&] {
+      bf16* stage = pipeline + filled;
+      load_factor<kRank, kUpThreads, kVector>(stage, factors, chunks + filled_part * (kRank / kChunk), args.width,
+                                              columns);
+      if constexpr (kMany) load_hidden_part(stage + kFactor + kPanelElems, filled_part);
+      filled = filled + kStageElems == kStages * kStageElems ? 0 : filled + kStageElems;
+      if (++filled_part < parts) return;
+      filled_part = 0;
+      if (y) {
+        load_tile<kTileRows, kPanel, kUpThreads, kVector>(stage + kFactor, y, args.width, piece.rows, columns);
+        y += kPanel;
       }
+      factors += kPanel, columns -= kPanel;
     };
 
-    for (int part = 0; part < parts; ++part) {
-      load_tile<kTileRows, kRank, kUpThreads, true>(shared + part * kHidden, hidden + part * kTileRanks,
-                                                    args.hidden_stride, piece.rows, piece.rank - part * kTileRanks);
-    }
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) {
-      if (step < steps) load(step);
-      cute::cp_async_fence();
-    }
+    if constexpr (!kMany) load_hidden_part(shared, 0);
     const Dropout dropout(piece, args.schedule.input_key, args.width);
     const bool dropping = args.use_dropout && dropout.limit != 0;
     uint32_t draws[2] = {0, 0};
     if (dropping) {
       for (int half = 0; half < 2; ++half) {
         const int row = min(warp * 16 + lane / 4 + half * 8, piece.rows - 1);
-        draws[half] = args.schedule.token_index[piece.row + row] * dropout.pairs;
+        draws[half] = args.schedule.token_index[piece.row + row] * dropout.pairs + first * kPanel / 2 + lane % 4;
       }
     }
     const float scale = (args.use_scale ? piece.scale : 1.f) * (dropping ? dropout.keep_scale : 1.f);
 
-    float sums[kPanel / 8][4] = {};
-    for (int step = 0; step < steps; ++step) {
-      cute::cp_async_wait<kStages - 2>();
-      __syncthreads();
-      if (step + kStages - 1 < steps) load(step + kStages - 1);
+    Sums sums = {};
+    int64_t left = columns;  // from the one at hand on
+    int used = 0, part = 0;
+    // The first turns only fill the pipeline: its code is long, and fetching it takes time.
+#pragma unroll 1
+    for (int turn = 0; turn < steps + kStages - 1; ++turn) {
+      if (turn >= kStages - 1) {
+        cute::cp_async_wait<kStages - 2>();
+        __syncthreads();
+      }
+      if (turn < steps) load();
       cute::cp_async_fence();
-      bf16* stage = pipeline + step % kStages * kStageElems;
-      const int part = step % parts;
-      const int ranks = piece.rank - part * kTileRanks;
+      if (turn < kStages - 1) continue;
+      bf16* stage = pipeline + used;
+      used = used + kStageElems == kStages * kStageElems ? 0 : used + kStageElems;
+      const int ranks = all_ranks - part * kRank;
+      const bf16* inner = kMany ? stage + kFactor + kPanelElems : shared;
 #pragma unroll
       for (int k = 0; k < kRank; k += 16) {
-        if (k >= ranks) break;
-        const Fragment a = left_fragment<kTileRows, kRank>(shared + part * kHidden, warp * 16, k, lane);
+        // Beyond them are zeros: a branch for each would keep loads from overlapping products.
+        if (k >= kRank / 4 * 3 && k >= ranks) break;
+        const Fragment a = left_fragment<kTileRows, kRank>(inner, warp * 16, k, lane);
 #pragma unroll
         for (int n = 0; n < kPanel; n += 16) {
           const Fragment b = right_fragment_of_rows<kRank, kPanel>(stage, k, n, lane);
@@ -101,47 +119,63 @@ struct UpTile {
           multiply_add(sums[n / 8 + 1], a, b.r[2], b.r[3]);
         }
       }
-      if (part < parts - 1) continue;
+      if (++part < parts) continue;
 
-      bf16* tile = stage + kRank * kPanel;
-      const int64_t column = static_cast<int64_t>(first + step / parts) * kPanel;
-#pragma unroll
-      for (int n = 0; n < kPanel / 8; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = warp * 16 + lane / 4 + half * 8;
-          uint32_t* at = reinterpret_cast<uint32_t*>(tile + swizzled<kPanel>(row, n * 8 + lane % 4 * 2));
-          float low = sums[n][half * 2] * scale, high = sums[n][half * 2 + 1] * scale;
-          if (dropping) {
-            const uint32_t drawn = dropout.draw(draws[half], static_cast<uint32_t>(column / 2) + n * 4 + lane % 4);
-            low = dropout.keeps_low(drawn) ? low : 0.f;
-            high = dropout.keeps_high(drawn) ? high : 0.f;
-          }
-          if (y) {
-            const float2 before = unpack(*at);
-            low += before.x, high += before.y;
-          }
-          *at = pack(low, high);
-          sums[n][half * 2] = sums[n][half * 2 + 1] = 0.f;
-        }
-      }
+      part = 0;
+      if (dropping) drop(sums, dropout, draws);
+      finish(sums, scale, args.y != nullptr, stage + kFactor);
       __syncwarp();
-      store<kVector>(args, piece, tile, column);
+      store<kVector>(out, args.width, piece.rows, left, stage + kFactor);
+      out += kPanel, left -= kPanel;
+      draws[0] += kPanel / 2, draws[1] += kPanel / 2;
     }
   }
 
-  // Each warp writes its own 16 rows, so that no barrier of the block is needed.
-  template <bool kVector>
-  __device__ static void store(const UpArgs& args, const Piece& piece, const bf16* tile, int64_t column) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    bf16* out = static_cast<bf16*>(args.out) + piece.row * args.width + column;
-    const int64_t columns = args.width - column;
+  __device__ static void drop(Sums& sums, const Dropout& dropout, const uint32_t (&draws)[2]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = warp * 16 + i * 4 + lane / 8, chunk = lane % 8 * 8;
-      if (row >= piece.rows || chunk >= columns) continue;
-      const bf16* from = tile + swizzled<kPanel>(row, chunk);
-      bf16* to = out + row * args.width + chunk;
+    for (int n = 0; n < kPanel / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t drawn = dropout.draw(draws[half], n * 4);
+        sums[n][half * 2] = dropout.keeps_low(drawn) ? sums[n][half * 2] : 0.f;
+        sums[n][half * 2 + 1] = dropout.keeps_high(drawn) ? sums[n][half * 2 + 1] : 0.f;
+      }
+    }
+  }
+
+  // tile (+)= scale * sums, and zeroes the sums. Each warp sees to its own 16 rows, so that no barrier is needed.
+  __device__ static void finish(Sums& sums, float scale, bool add, bf16* tile) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Fragment before[kPanel / 16] = {};
+    if (add) {
+#pragma unroll
+      for (int n = 0; n < kPanel / 16; ++n) before[n] = left_fragment<kTileRows, kPanel>(tile, warp * 16, n * 16, lane);
+    }
+#pragma unroll
+    for (int n = 0; n < kPanel / 16; ++n) {
+      Fragment after;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* pair = sums[n * 2 + i / 2] + i % 2 * 2;
+        const float2 y = unpack(before[n].r[i]);
+        after.r[i] = pack(fmaf(pair[0], scale, y.x), fmaf(pair[1], scale, y.y));
+        pair[0] = pair[1] = 0.f;
+      }
+      store_fragment<kTileRows, kPanel>(tile, warp * 16, n * 16, lane, after);
+    }
+  }
+
+  template <bool kVector>
+  __device__ static void store(bf16* out, int64_t width, int rows, int64_t columns, const bf16* tile) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row = warp * 16 + lane / 8, chunk = lane % 8 * 8;
+    if (chunk >= columns) return;
+    out += row * width + chunk;
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      if (row + i >= rows) break;
+      const bf16* from = tile + swizzled<kPanel>(row + i, chunk);
+      bf16* to = out + i * width;
       if constexpr (kVector) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
       } else {
@@ -158,15 +192,25 @@ template <bool kVector>
 __global__ void __launch_bounds__(kUpThreads, 3) up_kernel(const UpArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
-  if (piece.rows == 0 || piece.rank_begin > 0) return;
-  const int64_t begin = piece.slot < 0 ? -1 : __ldg(args.schedule.begin + piece.slot);
-  if (begin < 0) {
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * args.steps * kPanel;
-    return copy_columns<kVector>(args, piece, first, first + args.steps * kPanel);
+  if (piece.rows == 0) return;
+  Split split = split_of(piece, args.slots, gridDim.x);
+  if (split.index >= split.of) return;
+  __shared__ Chunk chunks[kMostChunks];
+  if (piece.slot < 0 || !find_chunks(chunks, kMostChunks, args.schedule, piece, 0, args.width)) {
+    if (piece.rank_begin > 0) return;
+    const int panels = ceil_div(args.width, kPanel);
+    return copy_columns<kVector>(args, piece, split.first(panels) * kPanel, split.last(panels) * kPanel);
   }
-  with_rank_class<kTileRanks>(piece.rank, [&](auto rank) {
-    UpTile<rank>::template run<kVector>(args, piece, begin, reinterpret_cast<bf16*>(shared));
-  });
+  const int ranks = virtual_ranks(args.schedule, piece);
+  bf16* tiles = reinterpret_cast<bf16*>(shared);
+  if (ranks > kTileRanks) {
+    // The pieces of the same rows have the same share.
+    split.index += piece.rank_begin / kTileRanks * split.of;
+    split.of *= ceil_div(ranks, kTileRanks);
+    return UpTile<64, true>::run<kVector>(args, piece, split, chunks, ranks, tiles);
+  }
+  with_rank_class<kTileRanks>(
+      ranks, [&](auto rank) { UpTile<rank, false>::template run<kVector>(args, piece, split, chunks, ranks, tiles); });
 }
 
 }  // namespace plora

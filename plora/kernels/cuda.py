@@ -1,11 +1,16 @@
 """The packed LoRA products on the CUDA kernels of ``csrc/``; see ``reference`` for what they compute.
 
-bf16 only, accumulated in fp32. Shapes as in ``reference``; R is a multiple of 16.
+bf16 only, accumulated in fp32. A *group* is the n = 1 to 3 linears that share an input x: ``x`` is read, and its
+gradient written, once for all of them.
+
+Shapes as in ``reference``; R is a multiple of 16. ``hidden`` and ``dhidden`` of a group ``[T, n R]``, member m's in
+the columns from m R on; where one linear is meant they may be such columns ``[T, R]`` of a group's. ``offsets``
+int64 on the device, ``[n, 2 K + 1]`` of a group, ``[2 K + 1]`` of one linear.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -13,68 +18,97 @@ from torch import Tensor
 
 from plora.kernels import schedule
 from plora.kernels.dispatch import extension
+from plora.kernels.schedule import Work as Work
 
 _MIRRORED = (
-    "TILE_ROWS", "TILE_RANKS", "RUN_RANKS", "WALK_ROWS", "WALK_RANKS", "SCRATCH_BLOCK", "MAX_SPLITS", "CLUSTER",
-    "PIECE_WORDS",
+    "TILE_ROWS", "TILE_RANKS", "RUN_RANKS", "WALK_ROWS", "WALK_RANKS", "SCRATCH_BLOCK", "MAX_SPLITS",
+    "MAX_GROUP_SPLITS", "MOST_MEMBERS", "CLUSTER", "PIECE_WORDS",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Work:
-    """``DeviceTables`` and the module's offsets, as they cross the operator boundary."""
-
-    counts: Tensor  # int64 [5] on the host: tiles, runs, walks, the workspace blocks of tiles and of the others
-    tiles: Tensor
-    runs: Tensor
-    walks: Tensor
-    partials: Tensor
-    sums: Tensor
-    counters: Tensor
-    offsets: Tensor
+def lora_down(x: Tensor, weight: Tensor, work: Work, offsets: Tensor, token_index: Tensor, max_rank: int) -> Tensor:
+    """``H_m = dropout(x) A_m^T`` of a group, ``[T, n R]``; see ``reference.lora_down``."""
+    hidden = x.new_empty(x.shape[0], offsets.shape[0] * max_rank)
+    down(x, weight, hidden, work, offsets, token_index)
+    return hidden
 
 
-def lora_add(
-    x: Tensor, y: Tensor, weight: Tensor, device: list[Tensor], token_index: Tensor, max_rank: int
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.lora_add``; ``device`` is ``[*DeviceTables.as_list(), offsets on the device]``."""
-    work, hidden, out = _Work(*device), x.new_empty(x.shape[0], max_rank), torch.empty_like(y)
-    down(x, weight, hidden, work, token_index)
-    up(y, hidden, weight, out, work, token_index)
-    return out, hidden
-
-
-def lora_add_backward(
-    dy: Tensor,
+def lora_down_backward(
+    dhidden: Tensor,
     x: Tensor,
-    hidden: Tensor,
     weight: Tensor,
     grad: Tensor,
-    device: list[Tensor],
+    work: Work,
+    offsets: Tensor,
     token_index: Tensor,
     need_dx: bool,
 ) -> Tensor:
-    """See ``reference.lora_add_backward``."""
-    work, dhidden = _Work(*device), torch.empty_like(hidden)
-    if torch.are_deterministic_algorithms_enabled():
-        down(dy, weight, dhidden, work, token_index, backward=True)
-        grad_factor(dy, hidden, grad, work, token_index, backward=True)
-    else:
-        grad_hidden_and_up(dy, hidden, weight, dhidden, grad, work, token_index)
-    grad_factor(x, dhidden, grad, work, token_index)
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    if need_dx:
-        up(None, dhidden, weight, dx, work, token_index, backward=True)
+    """``dA_m += dH_m^T dropout(x)`` into ``grad``; returns ``dx = mask * sum_m dH_m A_m``, empty unless asked for."""
+    grad_factor(x, dhidden, grad, work, offsets, token_index)
+    if not need_dx:
+        return x.new_empty(0)
+    dx = torch.empty_like(x)
+    up(None, dhidden, weight, dx, work, offsets, token_index, backward=True)
     return dx
 
 
+def lora_up(
+    ys: Sequence[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    work: Work,
+    offsets: Tensor,
+    max_rank: int,
+    token_index: Tensor,
+) -> list[Tensor]:
+    """``out_m = y_m + scale H_m B_m`` of each member; see ``reference.lora_up``."""
+    outs = [torch.empty_like(y) for y in ys]
+    members = zip(ys, hidden.split(max_rank, 1), outs, offsets.unbind(), strict=True)
+    for y, own_hidden, out, own_offsets in members:
+        up(y, own_hidden, weight, out, work, own_offsets, token_index)
+    return outs
+
+
+def lora_up_backward(
+    dys: Sequence[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    work: Work,
+    offsets: Tensor,
+    token_index: Tensor,
+) -> Tensor:
+    """``dB_m += scale H_m^T dy_m`` into ``grad``; returns ``dH_m = scale dy_m B_m^T`` of all members, ``[T, n R]``."""
+    dhidden, columns = torch.empty_like(hidden), hidden.shape[1] // len(dys)
+    members = zip(dys, hidden.split(columns, 1), dhidden.split(columns, 1), offsets.unbind(), strict=True)
+    for dy, own_hidden, own_dhidden, own_offsets in members:
+        if torch.are_deterministic_algorithms_enabled():
+            down(dy, weight, own_dhidden, work, own_offsets, token_index, backward=True)
+            grad_factor(dy, own_hidden, grad, work, own_offsets, token_index, backward=True)
+        else:
+            grad_hidden_and_up(dy, own_hidden, weight, own_dhidden, grad, work, own_offsets, token_index)
+    return dhidden
+
+
 def down(
-    x: Tensor, weight: Tensor, hidden: Tensor, work: _Work, token_index: Tensor, backward: bool = False, steps: int = 0
+    x: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    work: Work,
+    offsets: Tensor,
+    token_index: Tensor,
+    backward: bool = False,
+    slots: int = 0,
 ) -> None:
-    """``hidden = dropout(x) A^T``, or in backward ``hidden = scale x B^T`` for x = dy."""
+    """``hidden = dropout(x) A^T`` of a group, or in backward ``hidden = scale x B^T`` of one linear for x = dy.
+
+    ``slots``: blocks that the columns of all tiles are shared among. Default: as suits the device.
+    """
+    members = _members(offsets)
+    first, count, blocks = work.tiles_of(members)
     _kernels().down(
-        x, weight, hidden, work.tiles, int(work.counts[0]), work.offsets, backward, token_index, work.partials,
-        work.counters, int(work.counts[3]), not backward, backward, steps,
+        x, weight, hidden, work.tiles, first, count, work.most_share_of(members), offsets, backward, token_index,
+        work.partials, work.counters, blocks, not backward, backward, slots,
     )  # fmt: skip
 
 
@@ -83,15 +117,21 @@ def up(
     hidden: Tensor,
     weight: Tensor,
     out: Tensor,
-    work: _Work,
+    work: Work,
+    offsets: Tensor,
     token_index: Tensor,
     backward: bool = False,
-    steps: int = 0,
+    slots: int = 0,
 ) -> None:
-    """``out = y + scale hidden B^T``, in backward ``y + mask * (hidden A)`` for hidden = dh; ``y`` may be ``out``."""
+    """``out = y + scale hidden B^T`` of one linear, in backward ``y + mask * (hidden A)`` of a group for hidden = dh.
+
+    ``y`` may be ``out``; None is zero. ``slots`` as in ``down``.
+    """
+    members = _members(offsets)
+    first, count, _ = work.tiles_of(members)
     _kernels().up(
-        y, hidden, weight, out, work.tiles, int(work.counts[0]), work.offsets, not backward, token_index, backward,
-        not backward, steps,
+        y, hidden, weight, out, work.tiles, first, count, work.most_share_of(members), offsets, not backward,
+        token_index, backward, not backward, slots,
     )  # fmt: skip
 
 
@@ -101,32 +141,47 @@ def grad_hidden_and_up(
     weight: Tensor,
     dhidden: Tensor,
     grad: Tensor,
-    work: _Work,
+    work: Work,
+    offsets: Tensor,
     token_index: Tensor,
     clusters: bool | None = None,
     clusters_per_run: int = 0,
 ) -> None:
-    """``dhidden = scale dy B`` and ``dB += scale dy^T hidden`` in one pass over dy.
+    """``dhidden = scale dy B`` and ``dB += scale dy^T hidden`` of one linear, in one pass over dy.
 
     ``clusters``: the form for compute capability 9.0 and later, or the one for all. Default: what the device has.
     ``clusters_per_run``: how many of them share the columns. Default: as many as fill the device.
     """
-    kernels = _kernels()
+    kernels, counts = _kernels(), work.counts.tolist()
     clusters = kernels.has_clusters() if clusters is None else clusters
-    pieces, count = (work.walks, work.counts[2]) if clusters else (work.runs, work.counts[1])
+    pieces, count = (work.walks, counts[2]) if clusters else (work.runs, counts[1])
     kernels.grad_hidden(
-        dy, hidden, weight, dhidden, grad, pieces, int(count), work.offsets, True, token_index, work.sums,
-        work.counters, int(work.counts[4]), clusters, clusters_per_run,
+        dy, hidden, weight, dhidden, grad, pieces, count, offsets, True, token_index, work.sums, work.counters,
+        counts[4], clusters, clusters_per_run,
     )  # fmt: skip
 
 
 def grad_factor(
-    x: Tensor, hidden: Tensor, grad: Tensor, work: _Work, token_index: Tensor, backward: bool = False
+    x: Tensor,
+    hidden: Tensor,
+    grad: Tensor,
+    work: Work,
+    offsets: Tensor,
+    token_index: Tensor,
+    backward: bool = False,
 ) -> None:
-    """``dA += hidden^T dropout(x)`` for hidden = dh, or with ``backward`` ``dB += scale hidden^T x`` for x = dy."""
+    """``dA += hidden^T dropout(x)`` of a group for hidden = dh.
+
+    With ``backward``, ``dB += scale hidden^T x`` of one linear for x = dy.
+    """
+    first, count = work.runs_of(_members(offsets))
     _kernels().grad_factor(
-        x, hidden, grad, work.runs, int(work.counts[1]), work.offsets, backward, token_index, not backward, backward
+        x, hidden, grad, work.runs, first, count, offsets, backward, token_index, not backward, backward
     )
+
+
+def _members(offsets: Tensor) -> int:
+    return offsets.shape[0] if offsets.dim() == 2 else 1
 
 
 def _kernels() -> ModuleType:

@@ -4,6 +4,9 @@ A *piece* is some rows and some ranks of one adapter. ``down`` and ``up`` take *
 128 ranks. The gradients of factors take *runs* of more rows, so that few blocks add to the same
 gradient, and up to 64 ranks; *walks* are shorter runs, for the clusters of sm_90.
 
+A group of ``n`` linears that share an input has lists of its own, over *virtual* ranks: a member's ranks
+rounded up to whole chunks of 16, one member's after the other's.
+
 Shapes: ``K`` slots, ``T`` packed tokens.
 """
 
@@ -18,7 +21,11 @@ from plora.kernels.reference import Tables
 
 # Mirror csrc/args.h; plora.kernels.cuda checks that they agree.
 TILE_ROWS, TILE_RANKS, RUN_RANKS, WALK_ROWS, WALK_RANKS = 64, 128, 64, 256, 64
-SCRATCH_BLOCK, MAX_SPLITS, CLUSTER, PIECE_WORDS = 64 * 16, 16, 8, 16
+SCRATCH_BLOCK, MAX_SPLITS, MAX_GROUP_SPLITS, MOST_MEMBERS, CLUSTER, PIECE_WORDS = 64 * 16, 16, 8, 3, 8, 16
+CHUNK = 16
+FUSED_RANKS = 32  # mirrors csrc/swiglu_args.h
+# What a column costs beside its ranks, in ranks: how pieces share the device's blocks.
+_COLUMN_COST = 48
 # Rows of a run. Fewer would make more blocks add to one gradient, more would leave too few blocks.
 RUN_ROWS = 512
 # Unused records at the end of a list cost a launched block each, new lengths of it a CUDA graph.
@@ -32,8 +39,13 @@ class PieceList:
     records: np.ndarray
     blocks: int
 
+    @property
+    def most_share(self) -> int:
+        """The largest share of the work that a piece has, in 1/65536."""
+        return int(self.records[:, 11].max(initial=0))
 
-def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool) -> PieceList:
+
+def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool, members: int = 1) -> PieceList:
     """Cut every adapter's rows and ranks into pieces.
 
     Args:
@@ -41,13 +53,15 @@ def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool) -> 
         rows_each: most rows of a piece, a multiple of 64.
         ranks_each: most ranks of a piece.
         with_base: whether to cover the rows that see the base alone too, as slot -1.
+        members: linears that share the input; of several, ranks are virtual.
 
     Returns:
-        Pieces in the order in which they should start: the widest ranks first, because a launch
-        ends with the last of its blocks.
+        Pieces in the order in which they should start: those of more than ``FUSED_RANKS`` ranks before the
+        others, and the heaviest first.
     """
     starts = tables.rows.numpy()
-    rank = np.append(tables.rank.numpy(), 0)
+    own_rank = np.append(tables.rank.numpy(), 0)
+    rank = own_rank if members == 1 else members * (-(-own_rank // CHUNK) * CHUNK)
     lengths = np.diff(starts)
     if not with_base:
         lengths = np.append(lengths[:-1], 0)
@@ -57,7 +71,7 @@ def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool) -> 
     last_class = _rank_class(rank - (rank_pieces - 1) * ranks_each)
 
     order = np.argsort(-rank, kind="stable")
-    blocks = tiles * ((rank_pieces - 1) * (ranks_each // 16) + last_class // 16)
+    blocks = tiles * ((rank_pieces - 1) * (ranks_each // CHUNK) + last_class // CHUNK)
     first_block = np.zeros_like(blocks)
     first_block[order] = np.cumsum(blocks[order]) - blocks[order]
 
@@ -75,16 +89,21 @@ def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool) -> 
     records[:, 2] = np.minimum(lengths[slot] - row_piece * rows_each, rows_each)
     records[:, 3] = rank_piece * ranks_each
     records[:, 4] = np.minimum(rank[slot] - records[:, 3], ranks_each)
-    records[:, 5] = rank[slot]
+    records[:, 5] = own_rank[slot]
     records[:, 6] = (
         first_block[slot]
-        + rank_piece * tiles[slot] * (ranks_each // 16)
-        + row_piece * (rows_each // TILE_ROWS) * (classes // 16)
+        + rank_piece * tiles[slot] * (ranks_each // CHUNK)
+        + row_piece * (rows_each // TILE_ROWS) * (classes // CHUNK)
     )
     records[:, 7] = np.append(tables.scale.numpy(), 0).astype(np.float32).view(np.int32)[slot]
     records[:, 8] = np.append(tables.limit.numpy(), 0)[slot]
+    # The pieces of the same rows share alike.
+    cost = _COLUMN_COST + ((rank_pieces - 1) * ranks_each + last_class) / rank_pieces
+    records[:, 11] = cost[slot] / max(cost[slot].sum(), 1) * 65536
     records[:, 9:11] = np.append(tables.key.numpy(), 0).view(np.int32).reshape(-1, 2)[slot]
-    return PieceList(records, int(blocks.sum()))
+    # The longest first, because a launch ends with the last of its blocks.
+    weight = cost[slot] * -(-records[:, 2] // TILE_ROWS)
+    return PieceList(records[np.lexsort((-weight, rank[slot] <= FUSED_RANKS))], int(blocks.sum()))
 
 
 def _rank_class(ranks: np.ndarray) -> np.ndarray:
@@ -92,18 +111,50 @@ def _rank_class(ranks: np.ndarray) -> np.ndarray:
     return np.select([ranks <= 16, ranks <= 32, ranks <= 64], [16, 32, 64], 128)
 
 
+@dataclass(frozen=True)
+class Work:
+    """``DeviceTables`` as they cross the operator boundary."""
+
+    counts: torch.Tensor  # int64 [16] on the host, see ``DeviceTables``
+    tiles: torch.Tensor
+    runs: torch.Tensor
+    walks: torch.Tensor
+    partials: torch.Tensor
+    sums: torch.Tensor
+    counters: torch.Tensor
+
+    def tiles_of(self, members: int) -> tuple[int, int, int]:
+        """Of a group of so many linears: the first of its tiles, how many, and their workspace in blocks."""
+        counts = self.counts.tolist()
+        first = (0, counts[0], counts[0] + counts[5])[members - 1]
+        return first, counts[(0, 5, 6)[members - 1]], counts[(3, 9, 10)[members - 1]]
+
+    def most_share_of(self, members: int) -> int:
+        """Likewise the largest share of a tile in the work, in 1/65536."""
+        return int(self.counts[12 + members])
+
+    def runs_of(self, members: int) -> tuple[int, int]:
+        """Likewise the first of its runs and how many."""
+        counts = self.counts.tolist()
+        return (0, counts[1], counts[1] + counts[7])[members - 1], counts[(1, 7, 8)[members - 1]]
+
+
 class DeviceTables:
     """The work lists and the workspace on the device.
 
     They keep their place in memory and are overwritten by ``update``, unless a microbatch needs more
-    room than any before.
+    room than any before. The lists of tiles for groups of one, two and three linears lie one after the
+    other, so do those of runs.
 
     Args:
         device: where the kernels run.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._counts = torch.zeros(5, dtype=torch.int64)
+        # Tiles, runs, walks, the workspace blocks of tiles and of the others; then tiles of two and of three
+        # members, their runs, and their tiles' blocks; then those of the runs and walks of one that are of more
+        # than FUSED_RANKS ranks, which come first; then the largest share of a tile of one, two and three members.
+        self._counts = torch.zeros(16, dtype=torch.int64)
         self._tiles = self._records(0, device)
         self._runs = self._records(0, device)
         self._walks = self._records(0, device)
@@ -113,24 +164,32 @@ class DeviceTables:
 
     def update(self, tables: Tables) -> None:
         """Make the lists for ``tables``; small copies that do not wait for the device."""
-        tiles = pieces(tables, TILE_ROWS, TILE_RANKS, with_base=True)
         # One block for all rows of an adapter adds in a fixed order.
         deterministic = torch.are_deterministic_algorithms_enabled()
-        rows = max(int(tables.rows[-1]), 1) if deterministic else RUN_ROWS
-        runs = pieces(tables, -(-rows // TILE_ROWS) * TILE_ROWS, RUN_RANKS, with_base=False)
+        rows = -(-max(int(tables.rows[-1]), 1) // TILE_ROWS) * TILE_ROWS if deterministic else RUN_ROWS
+        groups = range(1, MOST_MEMBERS + 1)
+        tiles = [pieces(tables, TILE_ROWS, TILE_RANKS, with_base=True, members=n) for n in groups]
+        runs = [pieces(tables, rows, RUN_RANKS, with_base=False, members=n) for n in groups]
         walks = pieces(tables, WALK_ROWS, WALK_RANKS, with_base=False)
-        self._tiles = _written(self._tiles, tiles.records)
-        self._runs = _written(self._runs, runs.records)
-        self._walks = _written(self._walks, walks.records)
-        lengths = [_rounded(len(each.records)) for each in (tiles, runs, walks)]
-        run_blocks = max(runs.blocks, walks.blocks)
-        self._counts.copy_(torch.tensor([*lengths, tiles.blocks, run_blocks]))
-        self._partials = _at_least(self._partials, tiles.blocks * SCRATCH_BLOCK * MAX_SPLITS)
-        self._sums = _at_least(self._sums, run_blocks * SCRATCH_BLOCK)
-        self._counters = _at_least(self._counters, max(len(self._tiles), len(self._runs), CLUSTER * len(self._walks)))
+        self._tiles = _written(self._tiles, [each.records for each in tiles])
+        self._runs = _written(self._runs, [each.records for each in runs])
+        self._walks = _written(self._walks, [walks.records])
+        tile_counts, run_counts = ([_rounded(len(each.records)) for each in lists] for lists in (tiles, runs))
+        walk_count = _rounded(len(walks.records))
+        run_blocks = max(runs[0].blocks, walks.blocks)
+        blocks = [each.blocks for each in tiles]
+        shares = [each.most_share for each in tiles]
+        first = [tile_counts[0], run_counts[0], walk_count, blocks[0], run_blocks]
+        wide = [int((each.records[:, 5] > FUSED_RANKS).sum()) for each in (runs[0], walks)]
+        self._counts.copy_(torch.tensor([*first, *tile_counts[1:], *run_counts[1:], *blocks[1:], *wide, *shares]))
+        partials = max(blocks[0] * MAX_SPLITS, max(blocks[1:]) * MAX_GROUP_SPLITS)
+        self._partials = _at_least(self._partials, partials * SCRATCH_BLOCK)
+        # Twice, because swiglu_grad makes dh of two linears at a time.
+        self._sums = _at_least(self._sums, 2 * run_blocks * SCRATCH_BLOCK)
+        self._counters = _at_least(self._counters, max(*tile_counts, run_counts[0], CLUSTER * walk_count))
 
     def as_list(self) -> list[torch.Tensor]:
-        """The form in which they cross the operator boundary; ``plora.kernels.cuda`` reads it."""
+        """The form in which they cross the operator boundary: ``Work(*tables.as_list())``."""
         lists = [self._counts, self._tiles, self._runs, self._walks]
         return [*lists, self._partials, self._sums, self._counters]
 
@@ -151,13 +210,15 @@ def _rounded(count: int) -> int:
     return -(-count // _COUNT_STEP) * _COUNT_STEP
 
 
-def _written(table: torch.Tensor, records: np.ndarray) -> torch.Tensor:
-    """``records``, then unused records, in ``table``'s memory or a larger one."""
-    count = _rounded(len(records))
+def _written(table: torch.Tensor, lists: list[np.ndarray]) -> torch.Tensor:
+    """The lists one after the other, each followed by unused records, in ``table``'s memory or a larger one."""
+    starts = np.cumsum([0, *(_rounded(len(records)) for records in lists)])
+    count = int(starts[-1])
     if count > len(table):
         table = table.new_zeros(2 * count, PIECE_WORDS)
     padded = torch.zeros(count, PIECE_WORDS, dtype=torch.int32, pin_memory=table.is_cuda)
-    padded[: len(records)] = torch.from_numpy(records)
+    for start, records in zip(starts[:-1].tolist(), lists, strict=True):
+        padded[start : start + len(records)] = torch.from_numpy(records)
     table[:count].copy_(padded, non_blocking=True)
     return table
 

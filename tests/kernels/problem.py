@@ -1,4 +1,4 @@
-"""One packed module's inputs on a device, and the products on every implementation. Benchmarks use it too."""
+"""Inputs of packed modules on a device, and the products on every implementation. Benchmarks use it too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from plora.kernels import cuda, reference
 from plora.kernels.dropout import combine, threshold
 from plora.kernels.reference import ABSENT, Tables
-from plora.kernels.schedule import DeviceTables
+from plora.kernels.schedule import DeviceTables, Work
 
 GAP = 64  # elements of NaN between factors: reading beyond one shows
 STANDARD_MIX = [8] * 16 + [16] * 8 + [32] * 4 + [64] * 2 + [128] * 2
@@ -29,9 +29,9 @@ def ragged(total: int, n: int, seed: int = 0) -> list[int]:
 
 @dataclass
 class Results:
-    """What forward and backward give."""
+    """What forward and backward give; ``outs`` are the members'."""
 
-    out: torch.Tensor
+    outs: list[torch.Tensor]
     hidden: torch.Tensor
     dx: torch.Tensor
     grad: torch.Tensor
@@ -39,15 +39,19 @@ class Results:
 
 @dataclass
 class Problem:
-    """A module of ``d`` inputs and ``n`` outputs, with adapters of ``ranks`` on ``counts`` rows each."""
+    """A group of modules of ``d`` inputs and ``n`` outputs each, with adapters of ``ranks`` on ``counts`` rows.
+
+    ``absent``: slots of no member; ``missing``: pairs of a slot and a member.
+    """
 
     d: int
-    n: int
+    n: int | Sequence[int]
     ranks: Sequence[int]
     counts: Sequence[int]
     base_rows: int = 0
     dropout: Sequence[float] = ()
     absent: frozenset[int] = frozenset()
+    missing: frozenset[tuple[int, int]] = frozenset()
     seed: int = 0
     device: str = "cuda"
     tables: Tables = field(init=False)
@@ -61,66 +65,86 @@ class Problem:
         self.tables.scale[:] = 2.0 / (1 + torch.arange(k) % 3)
         for slot, p in enumerate(self.dropout):
             self.tables.limit[slot], self.tables.key[slot] = threshold(p), combine(slot, 7)
-        self.columns = -(-max(self.ranks) // 16) * 16
+        self.widths = [self.n] if isinstance(self.n, int) else list(self.n)
+        self.columns = -(-max(self.ranks) // 16) * 16  # of one member
         self._place()
         rows = self.rows
         index = torch.cat([torch.arange(c) for c in (*self.counts, self.base_rows)])
         self.token_index = (index * 3 + 1).to(self.device, torch.int32)
-        self.x, self.y, self.dy = self.random(rows, self.d), self.random(rows, self.n), self.random(rows, self.n)
+        self.x = self.random(rows, self.d)
+        self.ys, self.dys = ([self.random(rows, n) for n in self.widths] for _ in range(2))
         self.grad = torch.randn(self.weight.numel(), device=self.device, generator=self.generator)
         self.device_tables = DeviceTables(torch.device(self.device))
         self.device_tables.update(self.tables)
-        self.work = cuda._Work(*self.device_tables.as_list(), self.offsets.to(self.device))
+        self.work = Work(*self.device_tables.as_list())
+        self.device_offsets = self.offsets.to(self.device)
 
     @property
     def rows(self) -> int:
         return int(self.tables.rows[-1])
 
+    @property
+    def members(self) -> int:
+        return len(self.widths)
+
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, generator=self.generator).bfloat16()
 
+    def lacks(self, slot: int, member: int) -> bool:
+        return slot in self.absent or (slot, member) in self.missing
+
     def _place(self) -> None:
         k, at = len(self.ranks), GAP
-        self.offsets = torch.full((2 * k + 1,), ABSENT, dtype=torch.int64)
-        self.offsets[-1] = INPUT_KEY
+        self.offsets = torch.full((self.members, 2 * k + 1), ABSENT, dtype=torch.int64)
+        self.offsets[:, -1] = INPUT_KEY
         spans = []
         for slot, rank in enumerate(self.ranks):
-            if slot in self.absent:
-                continue
-            for half, width in ((0, self.d), (k, self.n)):
-                self.offsets[half + slot] = at
-                spans.append((at, rank * width, width**-0.5))
-                at = -(-(at + rank * width + GAP) // 64) * 64
+            for member, n in enumerate(self.widths):
+                if self.lacks(slot, member):
+                    continue
+                for half, width in ((0, self.d), (k, n)):
+                    self.offsets[member, half + slot] = at
+                    spans.append((at, rank * width, width**-0.5))
+                    at = -(-(at + rank * width + GAP) // 64) * 64
         self.weight = torch.full((at,), float("nan"), device=self.device, dtype=torch.bfloat16)
         for start, numel, std in spans:
             self.weight[start : start + numel] = self.random(numel) * std
 
     def reference(self, dtype: torch.dtype) -> Results:
         """In plain torch, computed in ``dtype``."""
-        x, y, dy, weight = (t.to(dtype) for t in (self.x, self.y, self.dy, self.weight))
+        x, weight = self.x.to(dtype), self.weight.to(dtype)
+        ys, dys = ([t.to(dtype) for t in tensors] for tensors in (self.ys, self.dys))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         grad = torch.zeros(weight.numel(), device=self.device, dtype=wide)
-        out, hidden = reference.lora_add(x, y, weight, self.offsets, self.tables, self.token_index, self.columns)
-        dx = reference.lora_add_backward(dy, x, hidden, weight, grad, self.offsets, self.tables, self.token_index, True)
-        return Results(out, hidden, dx, grad)
+        offsets, tables, index = self.offsets, self.tables, self.token_index
+        hidden = reference.lora_down(x, weight, offsets, tables, index, self.columns)
+        outs = reference.lora_up(ys, hidden, weight, offsets, tables)
+        dhidden = reference.lora_up_backward(dys, hidden, weight, grad, offsets, tables)
+        dx = reference.lora_down_backward(dhidden, x, weight, grad, offsets, tables, index, True)
+        return Results(outs, hidden, dx, grad)
 
     def cuda(self, form: str = "one pass") -> Results:
         """On the kernels, all outputs poisoned before; ``form`` is how dh and dB are made, see ``FORMS``."""
-        nan, index, weight = float("nan"), self.token_index, self.weight
-        hidden = torch.full((self.rows, self.columns), nan, device=self.device, dtype=torch.bfloat16)
-        dhidden, out, dx = hidden.clone(), torch.full_like(self.y, nan), torch.full_like(self.x, nan)
-        grad = self.grad.clone()
-        cuda.down(self.x, weight, hidden, self.work, index)
-        cuda.up(self.y, hidden, weight, out, self.work, index)
-        if form == "apart":
-            cuda.down(self.dy, weight, dhidden, self.work, index, backward=True)
-            cuda.grad_factor(self.dy, hidden, grad, self.work, index, backward=True)
-        else:
+        nan, index, weight, work, grad = float("nan"), self.token_index, self.weight, self.work, self.grad.clone()
+        hidden = self.random(self.rows, self.members * self.columns).fill_(nan)
+        dhidden, outs, dx = hidden.clone(), [torch.full_like(y, nan) for y in self.ys], torch.full_like(self.x, nan)
+        cuda.down(self.x, weight, hidden, work, self.device_offsets, index)
+        for m, offsets in enumerate(self.device_offsets):
+            own_hidden, own_dhidden = (self.of_member(t, m) for t in (hidden, dhidden))
+            cuda.up(self.ys[m], own_hidden, weight, outs[m], work, offsets, index)
+            if form == "apart":
+                cuda.down(self.dys[m], weight, own_dhidden, work, offsets, index, backward=True)
+                cuda.grad_factor(self.dys[m], own_hidden, grad, work, offsets, index, backward=True)
+                continue
             cuda.grad_hidden_and_up(
-                self.dy, hidden, weight, dhidden, grad, self.work, index,
+                self.dys[m], own_hidden, weight, own_dhidden, grad, work, offsets, index,
                 clusters=False if form == "without clusters" else None,
                 clusters_per_run=1000 if form == "many clusters" else 0,
             )  # fmt: skip
-        cuda.grad_factor(self.x, dhidden, grad, self.work, index)
-        cuda.up(None, dhidden, weight, dx, self.work, index, backward=True)
-        return Results(out, hidden, dx, grad)
+        cuda.grad_factor(self.x, dhidden, grad, work, self.device_offsets, index)
+        cuda.up(None, dhidden, weight, dx, work, self.device_offsets, index, backward=True)
+        return Results(outs, hidden, dx, grad)
+
+    def of_member(self, hidden: torch.Tensor, member: int) -> torch.Tensor:
+        """Its columns ``[T, R]`` of a group's hidden matrix."""
+        return hidden[:, member * self.columns : (member + 1) * self.columns]

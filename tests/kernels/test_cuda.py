@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
+from plora.kernels import cuda
 from plora.kernels.dispatch import backend, extension
 from plora.kernels.dropout import combine, keep_mask
-from tests.kernels.problem import FORMS, GAP, INPUT_KEY, STANDARD_MIX, Problem, ragged
+from tests.kernels.problem import FORMS, GAP, INPUT_KEY, STANDARD_MIX, Problem, Results, ragged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,6 +36,19 @@ CASES = {
     "256 adapters": {"d": 128, "n": 192, "ranks": [1 + i for i in range(256)], "counts": ragged(3000, 256)},
     "skewed": {"d": 1024, "n": 896, "ranks": [16] * 32, "counts": [3891, *[6] * 17, *[7] * 14]},
     "standard mix": {"d": 3584, "n": 3584, "ranks": STANDARD_MIX, "counts": ragged(2048, 32), "dropout": [0.05] * 32},
+    "group of two": {"d": 192, "n": [128, 320], "ranks": EVERY_RANK, "counts": RAGGED, "base_rows": 70},
+    "group of three": {"d": 256, "n": [384, 128, 64], "ranks": EVERY_RANK, "counts": RAGGED},
+    "group with dropout, odd widths": {"d": 331, "n": [131, 65, 72], "ranks": EVERY_RANK, "counts": RAGGED,
+                                       "dropout": SOME_DROPOUT[:17]},
+    "group, some members absent": {"d": 200, "n": [128, 71, 40], "ranks": [8, 200, 16, 4, 256, 33, 64],
+                                   "counts": [70, 80, 90, 3, 150, 64, 600], "base_rows": 150, "absent": frozenset({3}),
+                                   "missing": frozenset({(0, 0), (0, 2), (1, 1), (2, 2), (4, 0), (5, 0), (5, 1),
+                                                         (6, 1)})},
+    "group of 256 adapters": {"d": 128, "n": [64, 64, 192], "ranks": [1 + i for i in range(256)],
+                              "counts": ragged(3000, 256)},
+    "q, k and v": {"d": 3584, "n": [3584, 512, 512], "ranks": STANDARD_MIX, "counts": ragged(2048, 32),
+                   "dropout": [0.05] * 32},
+    "gate and up": {"d": 3584, "n": [2368, 2368], "ranks": STANDARD_MIX, "counts": ragged(2048, 32)},
     "wide in": {"d": 18944, "n": 3584, "ranks": STANDARD_MIX, "counts": ragged(1024, 32)},
     "wide out": {"d": 3584, "n": 18944, "ranks": STANDARD_MIX, "counts": ragged(1024, 32)},
 }  # fmt: skip
@@ -54,30 +68,48 @@ def assert_close_as_bf16(got: torch.Tensor, plain: torch.Tensor, truth: torch.Te
 def test_against_float64(case, form):
     problem = Problem(**CASES[case])
     truth, plain, got = problem.reference(torch.float64), problem.reference(torch.bfloat16), problem.cuda(form)
-    assert_close_as_bf16(got.out, plain.out, truth.out, "out")
-    rows, k = problem.tables.rows.tolist(), len(problem.ranks)
-    for slot, rank in enumerate(problem.ranks):
+    rows, base = problem.tables.rows.tolist(), int(problem.tables.rows[-2])
+    for slot in range(len(problem.ranks)):
         own = slice(rows[slot], rows[slot + 1])
-        if slot in problem.absent or own.start == own.stop:
-            assert torch.equal(got.out[own], problem.y[own])
-            assert not got.dx[own].any()
+        if own.start == own.stop:
             continue
-        name = f"slot {slot}, rank {rank}, {own.stop - own.start} rows"
-        for part in ("hidden", "dx"):
-            mine, theirs, right = (getattr(r, part)[own] for r in (got, plain, truth))
-            columns = rank if part == "hidden" else None
-            assert_close_as_bf16(mine[:, :columns], theirs[:, :columns], right[:, :columns], f"{part} of {name}")
-        for begin, width, factor in ((slot, problem.d, "A"), (k + slot, problem.n, "B")):
-            span = slice(int(problem.offsets[begin]), int(problem.offsets[begin]) + rank * width)
-            added = got.grad[span] - problem.grad[span]
-            # The sum onto the gradient rounds too.
-            slack = 2e-7 * (problem.grad[span].norm() / truth.grad[span].norm()).item()
-            assert error(added, truth.grad[span]) <= 2 * error(plain.grad[span], truth.grad[span]) + slack + 1e-6, (
-                f"grad of {factor} of {name}"
-            )
-    assert torch.equal(got.out[rows[-2] :], problem.y[rows[-2] :])
-    assert not got.dx[rows[-2] :].any()
+        members = [m for m in range(problem.members) if not problem.lacks(slot, m)]
+        for member in range(problem.members):
+            if member in members:
+                assert_member(problem, slot, member, truth, plain, got)
+            else:
+                assert torch.equal(got.outs[member][own], problem.ys[member][own])
+                assert problem.of_member(got.hidden, member)[own].isnan().all()
+        if members:
+            assert_close_as_bf16(got.dx[own], plain.dx[own], truth.dx[own], f"dx of slot {slot}")
+        else:
+            assert not got.dx[own].any()
+    for out, right, y in zip(got.outs, truth.outs, problem.ys, strict=True):
+        assert out.shape == right.shape
+        assert torch.equal(out[base:], y[base:])
+    assert not got.dx[base:].any()
     assert_nothing_else_written(problem, got.grad)
+
+
+def assert_member(problem: Problem, slot: int, member: int, truth: Results, plain: Results, got: Results) -> None:
+    """Everything of one adapter in one member but dx."""
+    rank, k = problem.ranks[slot], len(problem.ranks)
+    own = slice(int(problem.tables.rows[slot]), int(problem.tables.rows[slot + 1]))
+    name = f"slot {slot}, member {member}, rank {rank}, {own.stop - own.start} rows"
+    mine, theirs, right = (problem.of_member(each.hidden, member)[own] for each in (got, plain, truth))
+    assert_close_as_bf16(mine[:, :rank], theirs[:, :rank], right[:, :rank], f"hidden of {name}")
+    assert not mine[:, rank : -(-rank // 16) * 16].any()
+    mine, theirs, right = (each.outs[member][own] for each in (got, plain, truth))
+    assert_close_as_bf16(mine, theirs, right, f"out of {name}")
+    for begin, width, factor in ((slot, problem.d, "A"), (k + slot, problem.widths[member], "B")):
+        start = int(problem.offsets[member, begin])
+        span = slice(start, start + rank * width)
+        added = got.grad[span] - problem.grad[span]
+        # The sum onto the gradient rounds too.
+        slack = 2e-7 * (problem.grad[span].norm() / truth.grad[span].norm()).item()
+        assert error(added, truth.grad[span]) <= 2 * error(plain.grad[span], truth.grad[span]) + slack + 1e-6, (
+            f"grad of {factor} of {name}"
+        )
 
 
 def assert_nothing_else_written(problem: Problem, grad: torch.Tensor) -> None:
@@ -90,14 +122,14 @@ def assert_nothing_else_written(problem: Problem, grad: torch.Tensor) -> None:
 
 def test_no_rows():
     result = Problem(d=64, n=64, ranks=[8], counts=[0]).cuda()
-    assert result.out.shape == (0, 64)
+    assert result.outs[0].shape == (0, 64)
 
 
 @pytest.mark.parametrize("width", [256, 250, 255])
 def test_mask_is_the_references_bit_for_bit(width):
     problem = Problem(d=width, n=64, ranks=[width], counts=[333], dropout=[0.3])
     problem.x.fill_(1.0)
-    start = int(problem.offsets[0])
+    start = int(problem.offsets[0, 0])
     problem.weight[start : start + width * width] = torch.eye(width, device="cuda").flatten().bfloat16()
     key = combine(int(problem.tables.key[0]), INPUT_KEY)
     expected = keep_mask(key, problem.token_index, width, int(problem.tables.limit[0]))
@@ -107,48 +139,81 @@ def test_mask_is_the_references_bit_for_bit(width):
 
 
 @pytest.mark.parametrize("form", ["one pass", "apart"])
-def test_values_of_one_adapter_change_no_bit_of_another(form):
-    problem = Problem(d=256, n=320, ranks=[8, 40, 200], counts=[70, 65, 90], dropout=[0.2] * 3)
+@pytest.mark.parametrize("n", [[320], [320, 64, 64]])
+def test_values_of_one_adapter_change_no_bit_of_another(form, n):
+    problem = Problem(d=256, n=n, ranks=[8, 40, 200], counts=[70, 65, 90], dropout=[0.2] * 3)
     before = problem.cuda(form)
     problem.x[70:135] = float("nan")
-    problem.dy[70:135] = float("inf")
+    for dy in problem.dys:
+        dy[70:135] = float("inf")
     after = problem.cuda(form)
-    for part in ("out", "dx"):
+    for first, second in zip([*before.outs, before.dx], [*after.outs, after.dx], strict=True):
         for rows in (slice(0, 70), slice(135, None)):
-            assert torch.equal(getattr(before, part)[rows], getattr(after, part)[rows])
+            assert torch.equal(first[rows], second[rows])
     for slot, rank in ((0, 8), (2, 200)):
-        for begin, width in ((slot, 256), (3 + slot, 320)):
-            span = slice(int(problem.offsets[begin]), int(problem.offsets[begin]) + rank * width)
-            assert torch.equal(before.grad[span], after.grad[span])
+        for member, width in enumerate(n):
+            for begin, wide in ((slot, 256), (3 + slot, width)):
+                start = int(problem.offsets[member, begin])
+                span = slice(start, start + rank * wide)
+                assert torch.equal(before.grad[span], after.grad[span])
 
 
-def test_deterministic_mode_repeats_to_the_bit():
+@pytest.mark.parametrize("n", [[896], [896, 64, 128]])
+def test_deterministic_mode_repeats_to_the_bit(n):
     torch.use_deterministic_algorithms(True)
     try:
-        problem = Problem(d=1024, n=896, ranks=STANDARD_MIX, counts=[2000, *ragged(2000, 31)])
+        problem = Problem(d=1024, n=n, ranks=STANDARD_MIX, counts=[2000, *ragged(2000, 31)])
         first, second = problem.cuda("apart"), problem.cuda("apart")
     finally:
         torch.use_deterministic_algorithms(False)
-    for part in ("out", "dx", "grad"):
-        assert torch.equal(getattr(first, part), getattr(second, part)), part
+    assert torch.equal(first.dx, second.dx)
+    assert torch.equal(first.grad, second.grad)
+    for one, other in zip(first.outs, second.outs, strict=True):
+        assert torch.equal(one, other)
 
 
-def test_up_adds_in_place():
-    from plora.kernels import cuda
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_composition_is_that_of_the_kernels(deterministic):
+    problem = Problem(d=256, n=[320, 64, 71], ranks=[8, 40, 130], counts=[70, 65, 300], base_rows=10)
+    expected, grad = problem.cuda("apart"), problem.grad.clone()
+    weight, index, places = problem.weight, problem.token_index, problem.device_offsets
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        hidden = cuda.lora_down(problem.x, weight, problem.work, places, index, problem.columns)
+        outs = cuda.lora_up(problem.ys, hidden, weight, problem.work, places, problem.columns, index)
+        dhidden = cuda.lora_up_backward(problem.dys, hidden, weight, grad, problem.work, places, index)
+        dx = cuda.lora_down_backward(dhidden, problem.x, weight, grad, problem.work, places, index, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(outs, expected.outs, strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(dx, expected.dx, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(grad, expected.grad, rtol=1e-3, atol=1e-2)
+    assert cuda.lora_down_backward(dhidden, problem.x, weight, grad, problem.work, places, index, False).numel() == 0
 
-    problem = Problem(d=256, n=320, ranks=[8, 40], counts=[70, 65], base_rows=10)
+
+@pytest.mark.parametrize("n", [[320], [320, 64]])
+def test_up_adds_in_place(n):
+    problem = Problem(d=256, n=n, ranks=[8, 40, 100], counts=[70, 65, 70], base_rows=10)
     expected = problem.cuda()
-    y = problem.y.clone()
-    cuda.up(y, expected.hidden, problem.weight, y, problem.work, problem.token_index)
-    assert torch.equal(y, expected.out)
+    y, hidden = problem.ys[0].clone(), problem.of_member(expected.hidden, 0)
+    cuda.up(y, hidden, problem.weight, y, problem.work, problem.device_offsets[0], problem.token_index)
+    assert torch.equal(y, expected.outs[0])
+    dx, before = problem.x.clone(), torch.empty_like(problem.x)
+    arguments = (problem.weight, dx, problem.work, problem.device_offsets, problem.token_index)
+    cuda.up(dx, expected.hidden, *arguments, backward=True)
+    cuda.up(None, expected.hidden, problem.weight, before, *arguments[2:], backward=True)
+    torch.testing.assert_close(dx, problem.x + before, rtol=1e-2, atol=2e-2)
+    assert torch.equal(dx[-10:], problem.x[-10:])
 
 
 def test_bad_arguments_are_named():
-    from plora.kernels import cuda
-
     problem = Problem(d=64, n=64, ranks=[8], counts=[9])
     hidden = torch.zeros(9, 16, device="cuda", dtype=torch.bfloat16)
-    run = lambda x, h=hidden: cuda.down(x, problem.weight, h, problem.work, problem.token_index)  # noqa: E731
+
+    def run(x, hidden=hidden, offsets=problem.device_offsets):
+        cuda.down(x, problem.weight, hidden, problem.work, offsets, problem.token_index)
+
     for x, message in (
         (problem.x.float(), "x must be BFloat16"),
         (problem.x.cpu(), "x must be on a CUDA device"),
@@ -158,8 +223,20 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(RuntimeError, match=message):
             run(x)
-    with pytest.raises(RuntimeError, match="hidden must have a multiple of 16 columns"):
-        run(problem.x, hidden[:, :8].contiguous())
+    wide = torch.zeros(9, 40, device="cuda", dtype=torch.bfloat16)
+    for bad, message in (
+        (hidden[:, :8], "hidden must have a multiple of 16 columns"),
+        (wide[:, 1:17], "hidden must begin on 16 bytes"),
+        (wide[:, :32:2], "hidden must have neighbouring columns"),
+        (hidden.new_zeros(9, 272), "hidden must have at most 256 columns a member"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(problem.x, bad)
+    with pytest.raises(RuntimeError, match="hidden must have at most 256 columns a member, a multiple of 16, got 16"):
+        run(problem.x, offsets=problem.device_offsets.repeat(2, 1))
+    arguments = (problem.weight, hidden, problem.grad, problem.work, problem.device_offsets, problem.token_index)
+    with pytest.raises(RuntimeError, match="grad_hidden must have strides"):
+        cuda.grad_hidden_and_up(problem.dys[0], hidden, problem.weight, wide[:, :16], *arguments[2:])
 
 
 def packed_step(model, counts):

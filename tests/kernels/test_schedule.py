@@ -7,7 +7,20 @@ import pytest
 import torch
 
 from plora.kernels.reference import Tables
-from plora.kernels.schedule import RUN_RANKS, TILE_RANKS, WALK_RANKS, DeviceTables, pieces
+from plora.kernels.schedule import (
+    FUSED_RANKS,
+    MAX_GROUP_SPLITS,
+    MAX_SPLITS,
+    RUN_RANKS,
+    RUN_ROWS,
+    SCRATCH_BLOCK,
+    TILE_RANKS,
+    TILE_ROWS,
+    WALK_RANKS,
+    DeviceTables,
+    Work,
+    pieces,
+)
 
 RANKS = [1, 16, 17, 64, 65, 128, 129, 200, 256, 0, 8]
 COUNTS = [5, 64, 0, 1, 300, 63, 65, 128, 700, 0, 2]
@@ -27,13 +40,15 @@ def rank_class(ranks: int) -> int:
     return next(c for c in (16, 32, 64, 128) if ranks <= c)
 
 
+@pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize(
     ("rows_each", "ranks_each"), [(64, TILE_RANKS), (256, RUN_RANKS), (1024, RUN_RANKS), (256, WALK_RANKS)]
 )
-def test_every_row_and_rank_once(rows_each, ranks_each):
+def test_every_row_and_rank_once(rows_each, ranks_each, members):
     made = tables()
-    covered = {slot: np.zeros((int(made.rows[-1]), max(rank, 1)), int) for slot, rank in enumerate(RANKS)}
-    for record in pieces(made, rows_each, ranks_each, with_base=False).records:
+    virtual = [rank if members == 1 else members * -(-rank // 16) * 16 for rank in RANKS]
+    covered = {slot: np.zeros((int(made.rows[-1]), max(rank, 1)), int) for slot, rank in enumerate(virtual)}
+    for record in pieces(made, rows_each, ranks_each, with_base=False, members=members).records:
         slot, row, rows, rank_begin, ranks = record[:5]
         assert 0 < rows <= rows_each
         assert 0 < ranks <= ranks_each
@@ -45,12 +60,13 @@ def test_every_row_and_rank_once(rows_each, ranks_each):
     for slot, count in enumerate(COUNTS):
         start = int(made.rows[slot])
         assert (covered[slot][start : start + count] == 1).all()
-        assert covered[slot].sum() == count * RANKS[slot]
+        assert covered[slot].sum() == count * virtual[slot]
 
 
+@pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize(("rows_each", "ranks_each"), [(64, TILE_RANKS), (256, RUN_RANKS)])
-def test_workspaces_are_disjoint(rows_each, ranks_each):
-    made = pieces(tables(), rows_each, ranks_each, with_base=True)
+def test_workspaces_are_disjoint(rows_each, ranks_each, members):
+    made = pieces(tables(), rows_each, ranks_each, with_base=True, members=members)
     taken = np.zeros(made.blocks, int)
     for record in made.records:
         tiles = -(-record[2] // 64)
@@ -64,9 +80,25 @@ def test_base_rows_are_slot_minus_one():
     assert [list(record[1:6]) for record in base] == [[1328, 64, 0, 0, 0], [1392, 64, 0, 0, 0], [1456, 2, 0, 0, 0]]
 
 
-def test_widest_ranks_start_first():
-    ranks = pieces(tables(), 64, TILE_RANKS, with_base=True).records[:, 5]
-    assert (np.diff(ranks) <= 0).all()
+@pytest.mark.parametrize("rows_each", [64, 256, 512])
+def test_wide_ranks_then_the_heaviest_start_first(rows_each):
+    records = pieces(tables(), rows_each, RUN_RANKS, with_base=True).records
+    wide = records[:, 5] > FUSED_RANKS
+    assert (np.diff(wide.astype(int)) <= 0).all()
+    for part in (records[wide], records[~wide]):
+        assert (np.diff(part[:, 11] * -(-part[:, 2] // 64)) <= 0).all()
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_shares_are_of_all_work(members):
+    records = pieces(tables(), 64, TILE_RANKS, with_base=True, members=members).records
+    shares = records[:, 11]
+    assert 65536 - len(shares) <= shares.sum() <= 65536
+    for slot in set(records[:, 0].tolist()):
+        assert len(set(shares[records[:, 0] == slot].tolist())) == 1
+    by_rank = dict(zip(records[:, 5].tolist(), shares.tolist(), strict=True))
+    assert by_rank[1] <= by_rank[16] < by_rank[64] < by_rank[128]
+    assert members > 1 or by_rank[128] > 2 * by_rank[1]
 
 
 def test_tables_keep_their_memory_and_clear_old_records():
@@ -76,12 +108,37 @@ def test_tables_keep_their_memory_and_clear_old_records():
     device.update(tables(counts=[3] + [0] * 10, base=0))
     after = device.as_list()
     assert [t.data_ptr() for t in after] == [t.data_ptr() for t in before]
-    counts, tiles, runs, *_ = after
-    assert counts.tolist() == [8, 8, 8, 1, 1]
-    assert tiles[:8, 2].tolist() == runs[:8, 2].tolist() == [3, 0, 0, 0, 0, 0, 0, 0]
+    work = Work(*after)
+    assert work.counts.tolist() == [8, 8, 8, 1, 1, 8, 8, 8, 8, 2, 4, 0, 0, *[65536] * 3]
+    for table in (work.tiles, work.runs):
+        assert table[:24, 2].tolist() == [3, 0, 0, 0, 0, 0, 0, 0] * 3
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_lists_of_a_group_are_found_in_the_tables(members):
+    made, device = tables(), DeviceTables(torch.device("cpu"))
+    device.update(made)
+    work = Work(*device.as_list())
+    first, count, blocks = work.tiles_of(members)
+    expected = pieces(made, TILE_ROWS, TILE_RANKS, with_base=True, members=members)
+    length = len(expected.records)
+    assert length <= count < length + 8
+    assert np.array_equal(work.tiles[first : first + length].numpy(), expected.records)
+    assert not work.tiles[first + length : first + count].any()
+    assert blocks == expected.blocks
+    assert work.most_share_of(members) == expected.records[:, 11].max()
+    splits = MAX_SPLITS if members == 1 else MAX_GROUP_SPLITS
+    assert len(work.partials) >= blocks * splits * SCRATCH_BLOCK
+    assert len(work.counters) >= count
+    first, count = work.runs_of(members)
+    expected = pieces(made, RUN_ROWS, RUN_RANKS, with_base=False, members=members)
+    length = len(expected.records)
+    assert length <= count < length + 8
+    assert np.array_equal(work.runs[first : first + length].numpy(), expected.records)
+    assert not work.runs[first + length : first + count].any()
 
 
 def test_no_rows():
     device = DeviceTables(torch.device("cpu"))
     device.update(Tables.empty(4))
-    assert device.as_list()[0].tolist() == [0] * 5
+    assert not device.as_list()[0].any()
