@@ -4,6 +4,7 @@
 
 namespace plora {
 void bind_adamw(pybind11::module_& m);
+void bind_swiglu(pybind11::module_& m);
 }
 
 namespace {
@@ -158,4 +159,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("clusters_per_run") = 0);
   m.def("has_clusters", &plora::has_clusters, "whether the current device is of sm_90 or later");
   plora::bind_adamw(m);
+  plora::bind_swiglu(m);
 }

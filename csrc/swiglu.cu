@@ -10,9 +10,12 @@ int swiglu(const SwigluArgs& args, void* stream) {
                 stream);
 }
 
-int swiglu_steps(int64_t width) {
-  // Not more than kMaxSplits, for which the workspace was made.
-  const int least = ceil_div(ceil_div(width, kPanel), kMaxSplits), wanted = tuned(device_arch()).swiglu_steps;
+int swiglu_steps(int64_t width, int count) {
+  // Not more blocks to a tile than kMaxSplits, for which the workspace was made; and not so few in all that some
+  // multiprocessors have one more to do than others.
+  const int panels = ceil_div(width, kPanel), least = ceil_div(panels, kMaxSplits);
+  const int most = tuned(device_arch()).swiglu_steps, even = panels * count / (8 * multiprocessors());
+  const int wanted = even < most ? even : most;
   return wanted > least ? wanted : least;
 }
 

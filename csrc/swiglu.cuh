@@ -1,10 +1,10 @@
 // act = silu(gate0 + s H_g B_g) (up0 + s H_u B_u) and H_d = act A_d^T: a tile of tokens walks over columns, the
 // width split over blocks.
 //
-// Eight warps of 16 tokens and half of a stage's columns each: what is done to each element takes as long as the
-// memory, and four warps would leave their latencies bare. gate0, up0 and the factors stream through shared memory, 64 columns a stage; act
-// is made in gate0's place and leaves in whole lines, and from the same registers enters H_d. Ranks beyond 64 take
-// several steps on the same columns. H_d's sums meet in the workspace as `down`'s do, always in the same order.
+// Eight warps of 16 tokens and half of a stage's columns each: with so much to do for each element, four would leave
+// the memory waiting. gate0, up0 and the factors stream through shared memory, 64 columns a stage; act is made in
+// gate0's place, leaves for memory, and from the same registers enters H_d. Ranks beyond 64 take several steps on the
+// same columns. H_d's sums meet in the workspace as `down`'s do, always in the same order.
 #pragma once
 
 #include "swiglu_args.h"
@@ -98,13 +98,11 @@ __device__ inline uint32_t* element_pair(bf16* tile, int column, int half) {
 }
 
 // The panels of 64 columns that a block walks: every gridDim.x-th, so that blocks that run at the same time read
-// neighbouring columns. A block of neighbouring panels for each was slower by a tenth.
+// neighbouring columns. Neighbouring panels for each made `swiglu` slower by a twentieth.
 __device__ inline int own_panels(int64_t width) {
   return ceil_div(ceil_div(width, kPanel) - static_cast<int>(blockIdx.x), gridDim.x);
 }
-__device__ inline int64_t column_of(int panel) {
-  return static_cast<int64_t>(panel * gridDim.x + blockIdx.x) * kPanel;
-}
+__device__ inline int64_t column_of(int panel) { return static_cast<int64_t>(panel * gridDim.x + blockIdx.x) * kPanel; }
 
 // The walk over columns of adapters whose ranks come kWideRanks at a time: these factors stream through a ring of
 // their own, and hidden too where all of it has no room. The activations' tile has one buffer, two where its panel
@@ -126,8 +124,8 @@ struct WideWalk {
     return n > 3 ? 3 : n;  // a tile asked for at its panel's first step must be there at the third
   }
 
-  // load_factors(to, part, panel) and load_hidden(to, part) fetch some ranks, load_tile(to, panel) what the last step of a panel
-  // needs; finish(tile, added, panel) takes the products.
+  // load_factors(to, part, panel) and load_hidden(to, part) fetch some ranks, load_tile(to, panel) what the last step
+  // of a panel needs; finish(tile, added, panel) takes the products.
   template <int kStages, class LoadFactors, class LoadHidden, class LoadTile, class Finish>
   __device__ static void run(bf16* shared, int rank, int panels, LoadFactors&& load_factors, LoadHidden&& load_hidden,
                              LoadTile&& load_tile, Finish&& finish) {
@@ -159,7 +157,7 @@ struct WideWalk {
       cute::cp_async_fence();
       const bf16* stage = ring + step % kStages * stage_elems;
       multiply_ranks<kMembers, kWideRanks, kHalf>(added, resident ? hidden + part * kHidden : stage + kFactors,
-                                                   kTileRows * kWideRanks, stage, own_half(), rank - part * kWideRanks);
+                                                  kTileRows * kWideRanks, stage, own_half(), rank - part * kWideRanks);
       if (part < parts - 1) continue;
       finish(shared + panel % tiles * kTileElems, added, panel);
 #pragma unroll
@@ -299,7 +297,8 @@ struct SwigluTile {
     float4* own = shared + threadIdx.x % 128;
     if (threadIdx.x >= 128) {
 #pragma unroll
-      for (int n = 0; n < kDownRanks / 8; ++n) own[n * 128] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+      for (int n = 0; n < kDownRanks / 8; ++n)
+        own[n * 128] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
     }
     __syncthreads();
     if (threadIdx.x >= 128) return;

@@ -50,8 +50,8 @@ struct SwigluGradArgs {
   int32_t* counters;     // kWalkRows / kTileRows * walk_count, zero, and left so
 };
 
-// Steps by default, for the current device.
-int swiglu_steps(int64_t width);
+// Steps by default, for the current device; `count` of pieces.
+int swiglu_steps(int64_t width, int count);
 int swiglu_grad_steps(int64_t width);
 
 int swiglu(const SwigluArgs& args, void* stream);

@@ -56,9 +56,9 @@ void check_workspace(const Tensor& sums, const char* name, int64_t elements, con
   require(counters.numel() >= count, "counters must have ", count, " elements, got ", counters.numel());
 }
 
-void swiglu(const Tensor& gate, const Tensor& up, const Tensor& hidden, const Tensor& factors, Tensor act,
-            const std::optional<Tensor>& hidden_down, const Tensor& tiles, int64_t count, const Tensor& offsets,
-            const Tensor& down_offsets, Tensor partials, Tensor counters, int64_t blocks, int64_t steps) {
+void run_swiglu(const Tensor& gate, const Tensor& up, const Tensor& hidden, const Tensor& factors, Tensor act,
+                const std::optional<Tensor>& hidden_down, const Tensor& tiles, int64_t count, const Tensor& offsets,
+                const Tensor& down_offsets, Tensor partials, Tensor counters, int64_t blocks, int64_t steps) {
   check(gate, "gate", at::kBFloat16, 2, gate);
   const c10::cuda::CUDAGuard guard(gate.device());
   plora::SwigluArgs args{};
@@ -73,7 +73,7 @@ void swiglu(const Tensor& gate, const Tensor& up, const Tensor& hidden, const Te
     args.hidden_down = hidden_down->mutable_data_ptr();
     args.hidden_down_stride = hidden_down->stride(0);
   }
-  args.steps = static_cast<int>(steps > 0 ? steps : plora::swiglu_steps(args.width));
+  args.steps = static_cast<int>(steps > 0 ? steps : plora::swiglu_steps(args.width, args.count));
   const int64_t splits = ((args.width + 63) / 64 + args.steps - 1) / args.steps;
   check_workspace(partials, "partials", blocks * splits * plora::kScratchBlock, counters, count, gate);
   args.partials = partials.mutable_data_ptr<float>();
@@ -109,10 +109,10 @@ plora::SwigluGradArgs grad_args(const Tensor& dact, const std::optional<Tensor>&
   return args;
 }
 
-void swiglu_pointwise_grad(const Tensor& dact, const std::optional<Tensor>& dhidden_down, const Tensor& gate,
-                           const Tensor& up, const Tensor& hidden, const Tensor& factors, Tensor dgate, Tensor dup,
-                           Tensor act, const Tensor& tiles, int64_t tile_count, const Tensor& offsets,
-                           const Tensor& down_offsets, int64_t steps) {
+void run_pointwise_grad(const Tensor& dact, const std::optional<Tensor>& dhidden_down, const Tensor& gate,
+                        const Tensor& up, const Tensor& hidden, const Tensor& factors, Tensor dgate, Tensor dup,
+                        Tensor act, const Tensor& tiles, int64_t tile_count, const Tensor& offsets,
+                        const Tensor& down_offsets, int64_t steps) {
   check(gate, "gate", at::kBFloat16, 2, gate);
   const c10::cuda::CUDAGuard guard(gate.device());
   const plora::SwigluGradArgs args = grad_args(dact, dhidden_down, gate, up, hidden, factors, dgate, dup, act, tiles,
@@ -121,11 +121,11 @@ void swiglu_pointwise_grad(const Tensor& dact, const std::optional<Tensor>& dhid
            hidden.size(1), tile_count);
 }
 
-void swiglu_grad(const Tensor& dact, const Tensor& dhidden_down, const Tensor& gate, const Tensor& up,
-                 const Tensor& hidden, const Tensor& factors, Tensor grad, Tensor dgate, Tensor dup,
-                 const std::optional<Tensor>& act, Tensor dhidden, const Tensor& tiles, int64_t tile_count,
-                 const Tensor& walks, int64_t walk_count, const Tensor& offsets, const Tensor& down_offsets,
-                 Tensor sums, Tensor counters, int64_t blocks, int64_t steps) {
+void run_grad(const Tensor& dact, const Tensor& dhidden_down, const Tensor& gate, const Tensor& up,
+              const Tensor& hidden, const Tensor& factors, Tensor grad, Tensor dgate, Tensor dup,
+              const std::optional<Tensor>& act, Tensor dhidden, const Tensor& tiles, int64_t tile_count,
+              const Tensor& walks, int64_t walk_count, const Tensor& offsets, const Tensor& down_offsets, Tensor sums,
+              Tensor counters, int64_t blocks, int64_t steps) {
   check(gate, "gate", at::kBFloat16, 2, gate);
   const c10::cuda::CUDAGuard guard(gate.device());
   plora::SwigluGradArgs args = grad_args(dact, dhidden_down, gate, up, hidden, factors, dgate, dup, act, tiles,
@@ -150,17 +150,21 @@ void swiglu_grad(const Tensor& dact, const Tensor& dhidden_down, const Tensor& g
 
 }  // namespace
 
+namespace plora {
+
 void bind_swiglu(pybind11::module_& m) {
   using pybind11::arg;
-  m.attr("FUSED_RANKS") = plora::kFusedRanks;
-  m.def("swiglu", &swiglu, "act = silu(gate + scale H B) (up + scale H B), hidden_down = act A^T", arg("gate"),
+  m.attr("FUSED_RANKS") = kFusedRanks;
+  m.def("swiglu", &run_swiglu, "act = silu(gate + scale H B) (up + scale H B), hidden_down = act A^T", arg("gate"),
         arg("up"), arg("hidden"), arg("factors"), arg("act"), arg("hidden_down"), arg("tiles"), arg("count"),
         arg("offsets"), arg("down_offsets"), arg("partials"), arg("counters"), arg("blocks"), arg("steps") = 0);
-  m.def("swiglu_pointwise_grad", &swiglu_pointwise_grad, "dgate, dup and act of dact + dhidden_down A", arg("dact"),
+  m.def("swiglu_pointwise_grad", &run_pointwise_grad, "dgate, dup and act of dact + dhidden_down A", arg("dact"),
         arg("dhidden_down"), arg("gate"), arg("up"), arg("hidden"), arg("factors"), arg("dgate"), arg("dup"),
         arg("act"), arg("tiles"), arg("tile_count"), arg("offsets"), arg("down_offsets"), arg("steps") = 0);
-  m.def("swiglu_grad", &swiglu_grad, "likewise, and all the rest of the backward of adapters of few ranks", arg("dact"),
+  m.def("swiglu_grad", &run_grad, "likewise, and all the rest of the backward of adapters of few ranks", arg("dact"),
         arg("dhidden_down"), arg("gate"), arg("up"), arg("hidden"), arg("factors"), arg("grad"), arg("dgate"),
         arg("dup"), arg("act"), arg("dhidden"), arg("tiles"), arg("tile_count"), arg("walks"), arg("walk_count"),
         arg("offsets"), arg("down_offsets"), arg("sums"), arg("counters"), arg("blocks"), arg("steps") = 0);
 }
+
+}  // namespace plora

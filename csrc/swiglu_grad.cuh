@@ -7,12 +7,12 @@
 //
 // swiglu_pointwise_grad writes dgate, dup and act: a tile of 64 tokens walks over columns as in `swiglu`. swiglu_grad
 // does so for adapters of many ranks and for base rows, and sees to everything for adapters of few: a block owns up to
-// 256 tokens of one and some columns, and walks these, 64 a step, in parts of 64 tokens. Its part of dH stays in registers; dB and dA are complete for
-// these tokens after each 64 columns and leave at once. At its end a block adds dH to sums in the workspace,
-// which the last one rounds and clears.
+// 128 tokens of one and some columns, and walks these, 64 a step, in parts of 64 tokens. Its part of dH stays in
+// registers; dB and dA are complete for these tokens after each 64 columns and leave at once. At its end a block adds
+// dH to sums in the workspace, which the last one rounds and clears.
 //
-// Eight warps: 16 tokens and half of a panel's columns each; for dH_g and dH_u, of which the first and the last four see to
-// one each, 16 tokens; for the gradients of factors 16 columns by half of the ranks, or, at 16 ranks, 8 columns.
+// Eight warps: 16 tokens and half of a panel's columns each; for dH_g and dH_u, of which the first and the last four
+// see to one each, 16 tokens; for the gradients of factors 16 columns by half of the ranks, or, at 16 ranks, 8 columns.
 #pragma once
 
 #include "grad_factor.cuh"
@@ -56,9 +56,9 @@ __device__ inline void load_activations(const SwigluGradArgs& args, bf16* tiles,
                                         int64_t column) {
 #pragma unroll
   for (int m = 0; m < 3; ++m) {
-    load_tile<kTileRows, kPanel, kSwigluThreads, kVector>(tiles + m * kPanelElems,
-                                                          static_cast<const bf16*>(args.in[m]) + row * args.width + column,
-                                                          args.width, rows, args.width - column);
+    load_tile<kTileRows, kPanel, kSwigluThreads, kVector>(
+        tiles + m * kPanelElems, static_cast<const bf16*>(args.in[m]) + row * args.width + column, args.width, rows,
+        args.width - column);
   }
 }
 
@@ -168,13 +168,14 @@ __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_pointwise_grad_kerne
   run_pointwise_grad<kVector>(args, piece, reinterpret_cast<bf16*>(shared));
 }
 
+// A block's tokens. Twice as many would halve what is added to the gradients, but leave too few blocks.
+constexpr int kFusedRows = 128;
+
 template <int kRank>
 struct SwigluGradTile {
-  static constexpr int kRanks = kRank;
-  // Parts of a block: as many sums as the registers hold.
-  static constexpr int kParts = kRank == 16 ? 4 : 2;
-  static constexpr int kStrip = 16;  // columns whose products are in registers at a time
-  static constexpr int kColumns = kRank == 16 ? 8 : 16;       // of the gradients of factors, a warp
+  static constexpr int kParts = kFusedRows / kTileRows;
+  static constexpr int kStrip = 16;                               // columns whose products are in registers at a time
+  static constexpr int kColumns = kRank == 16 ? 8 : 16;           // of the gradients of factors, a warp
   static constexpr int kOwnRanks = kRank == 16 ? 16 : kRank / 2;  // likewise
   static constexpr int kTiles = 3 * kPanelElems, kHidden = 3 * kTileRows * kRank, kFactors = 3 * kRank * kPanel;
   // Panels of factors in use while the pipeline runs `stages` - 1 parts ahead.
@@ -270,9 +271,9 @@ struct SwigluGradTile {
 #pragma unroll
       for (int m = 0; m < 3; ++m) {
         if (places.has(m)) {
-          add_to_factor_grad<kOwnRanks / 16, kColumns / 8>(
-              args.grad + places.begin[m] + own_rank() * args.width, args.width, piece.rank - own_rank(),
-              column + own_column(), factor_sums[m], m < 2 ? piece.scale : 1.f);
+          add_to_factor_grad<kOwnRanks / 16, kColumns / 8>(args.grad + places.begin[m] + own_rank() * args.width,
+                                                           args.width, piece.rank - own_rank(), column + own_column(),
+                                                           factor_sums[m], m < 2 ? piece.scale : 1.f);
         }
 #pragma unroll
         for (int r = 0; r < kOwnRanks / 16; ++r) {
@@ -389,8 +390,7 @@ struct SwigluGradTile {
   }
 };
 
-// Blocks that share the rows of a walk.
-constexpr int kBlocksOfWalk = kWalkRows / kTileRows / SwigluGradTile<kFusedRanks>::kParts;
+constexpr int kBlocksOfWalk = kWalkRows / kFusedRows;  // that share its rows
 
 template <bool kVector>
 __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_grad_kernel(const SwigluGradArgs args) {
@@ -405,16 +405,15 @@ __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_grad_kernel(const Sw
   Piece piece = read_piece(args.walks, walk / kBlocksOfWalk);
   if (piece.rows == 0 || piece.rank > kFusedRanks) return;
   const Places places(args.begin, piece.slot);
-  const auto run = [&](auto tile) {
-    using Tile = decltype(tile);
-    const int skipped = walk % kBlocksOfWalk * Tile::kParts;  // tiles of 64 tokens
-    piece.row += skipped * kTileRows;
-    piece.rows = min(piece.rows - skipped * kTileRows, Tile::kParts * kTileRows);
-    piece.scratch += skipped * (Tile::kRanks / 16);
-    if (piece.rows > 0) Tile::template run<kVector>(args, piece, places, args.counters + walk, shared);
+  const int skipped = walk % kBlocksOfWalk * kFusedRows;
+  if (skipped >= piece.rows) return;
+  piece.row += skipped;
+  piece.rows = min(piece.rows - skipped, kFusedRows);
+  const auto run = [&](auto rank) {
+    piece.scratch += skipped / kTileRows * (rank / 16);
+    SwigluGradTile<rank>::template run<kVector>(args, piece, places, args.counters + walk, shared);
   };
-  if (piece.rank <= 16) return run(SwigluGradTile<16>{});
-  run(SwigluGradTile<kFusedRanks>{});
+  with_rank_class<kFusedRanks>(piece.rank, run);
 }
 
 }  // namespace plora

@@ -14,15 +14,15 @@ struct Tuned {
 };
 
 constexpr Tuned kTuned[] = {
-    // 227 KiB an SM: three blocks each, two of grad_hidden, which holds more sums. Measured on an H100: four
+    // 227 KiB an SM: three blocks each, two of grad_hidden and of swiglu's, which hold more sums. Measured on an H100: four
     // blocks of down took 5% longer, three of grad_hidden (at 32 ranks a piece) 5%. Walks: see README.md.
-    {900, 1099, 72, 72, 73, 112, 3, 5, 54, 6, 112, 112, 19, 6},
-    // 163 KiB an SM: two blocks each. Untested.
-    {800, 800, 80, 80, 80, 80, 2, 4, 54, 8, 160, 160, 19, 6},
+    {900, 1099, 72, 72, 73, 112, 3, 5, 54, 6, 112, 112, 37, 6},
+    // 163 KiB an SM: two blocks each, one of swiglu's. Untested.
+    {800, 800, 80, 80, 80, 80, 2, 4, 54, 8, 160, 160, 37, 6},
     // 99 KiB an SM and a block: the least that two stages of the widest rank class take. Untested.
-    {810, 899, 48, 64, 49, 64, 2, 4, 54, 8, 96, 96, 19, 6},
+    {810, 899, 48, 64, 49, 64, 2, 4, 54, 8, 96, 96, 37, 6},
     // Unknown: what fits everywhere.
-    {0, 1 << 30, 48, 64, 49, 64, 2, 4, 54, 8, 96, 96, 19, 6},
+    {0, 1 << 30, 48, 64, 49, 64, 2, 4, 54, 8, 96, 96, 37, 6},
 };
 
 constexpr Tuned tuned(int arch) {

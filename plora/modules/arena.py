@@ -66,6 +66,10 @@ class Arena:
         self._grow(size)
         return self.allocate(numel)
 
+    def fits(self, numel: int) -> bool:
+        """Whether a range of this length is free without growing."""
+        return any(length >= aligned(numel) for _, length in self._free)
+
     def release(self, start: int, numel: int) -> None:
         """Give a range back and zero it everywhere."""
         size = aligned(numel)

@@ -141,12 +141,12 @@ def project(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]
         linears: those that read x, such as q_proj, k_proj and v_proj, in the model's order.
         x: their input.
     """
-    first = linears[0]
-    if not isinstance(first, PackedLoRALinear) or len(first.siblings.offsets) != len(linears):
+    packed = [linear for linear in linears if isinstance(linear, PackedLoRALinear)]
+    if len(packed) < len(linears) or len(packed[0].siblings.offsets) != len(linears):
         return [linear(x) for linear in linears]
     refuse_reentrant_checkpoint()
-    hidden = first.siblings.down(x)
-    return first.siblings.up([linear.base(x) for linear in linears], hidden)
+    hidden = packed[0].siblings.down(x)
+    return packed[0].siblings.up([linear.base(x) for linear in packed], hidden)
 
 
 def refuse_reentrant_checkpoint() -> None:

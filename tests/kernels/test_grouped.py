@@ -9,7 +9,7 @@ from plora.kernels import grouped, reference, swiglu
 from plora.kernels.dropout import combine, threshold
 from plora.kernels.reference import ABSENT, Tables
 
-COUNTS, RANKS, BASE_ROWS, R = [5, 0, 1, 17, 8], [3, 4, 16, 7, 1], 3, 16
+COUNTS, RANKS, BASE_ROWS, R = [5, 0, 1, 70, 8, 9], [3, 4, 16, 40, 1, 7], 3, 48
 WIDTHS = {"x": 32, "gate": 24, "up": 24}
 
 
@@ -29,7 +29,7 @@ class Problem:
         self.offsets[:, -1] = torch.tensor([combine(1), combine(1), combine(2)])
         for module, (d, n) in enumerate([(32, 24), (32, 24), (24, 40)]):
             for slot, rank in enumerate(RANKS):
-                if (module, slot) in ((1, 3), (2, 0)):
+                if (module, slot) in ((1, 3), (2, 0), (0, 5)):
                     continue
                 self.offsets[module, slot], self.offsets[module, len(RANKS) + slot] = at, at + rank * d
                 at += rank * (d + n)

@@ -138,6 +138,18 @@ def test_lists_of_a_group_are_found_in_the_tables(members):
     assert not work.runs[first + length : first + count].any()
 
 
+def test_adapters_too_wide_to_fuse_come_first():
+    made, device = tables(), DeviceTables(torch.device("cpu"))
+    device.update(made)
+    work = Work(*device.as_list())
+    for table, count, wide in ((work.runs, 1, 11), (work.walks, 2, 12)):
+        ranks = table[: int(work.counts[count]), 5]
+        first = int(work.counts[wide])
+        assert (ranks[:first] > FUSED_RANKS).all()
+        assert (ranks[first:] <= FUSED_RANKS).all()
+        assert 0 < first < len(ranks)
+
+
 def test_no_rows():
     device = DeviceTables(torch.device("cpu"))
     device.update(Tables.empty(4))

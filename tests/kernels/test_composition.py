@@ -1,0 +1,81 @@
+"""What surrounds the kernels, on a machine without a GPU: the right kernel is called with the right arguments."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from plora.kernels import cuda, cuda_swiglu, ops, reference
+from plora.kernels.schedule import DeviceTables
+from tests.kernels import emulator
+from tests.kernels.test_grouped import Problem, R
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+@pytest.fixture(params=[True, False], ids=["clusters", "no clusters"])
+def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cuda, cuda_swiglu):
+        monkeypatch.setattr(module, "extension", lambda: emulator.module(request.param))
+
+
+def through_ops(problem: Problem) -> list[torch.Tensor]:
+    """The operators of a gated MLP, forward and backward, as the layers call them where the kernels run."""
+    tables, index = problem.tables, problem.index
+    device_tables = DeviceTables(torch.device("cpu"))
+    device_tables.update(tables)
+    both, last = problem.offsets[:2], problem.offsets[2:]
+    x, gate, up, dact, weight = (
+        t.bfloat16() for t in (problem.x, problem.gate, problem.up, problem.dact, problem.weight)
+    )
+    buffer = ops.GradientBuffer(problem.grad.clone())
+    lists, there = tables.as_list(), device_tables.as_list()
+    routed, anchor = torch.ones(1, dtype=torch.bool), torch.zeros(1)
+    handle = buffer.handle
+    hidden = ops.lora_down(x, anchor, weight, handle, routed, both, lists, [*there, both], index, R)
+    act, low = ops.lora_swiglu(gate, up, hidden, weight, handle, both, last, lists, [*there, both, last], index, R)
+    dgate, dup, dhidden = ops.lora_swiglu_backward(
+        dact, low, gate, up, hidden, weight, handle, both, last, lists, [*there, both, last], index
+    )
+    dx, _ = ops.lora_down_backward(dhidden, x, weight, handle, both, lists, [*there, both], index, True)
+    hidden, dhidden = (each.where(written(problem, both), 0) for each in (hidden, dhidden))
+    return [hidden, act, low.where(written(problem, last), 0), dgate, dup, dhidden, dx, buffer.tensor]
+
+
+def written(problem: Problem, offsets: torch.Tensor) -> torch.Tensor:
+    """Which elements of a hidden matrix ``[T, n R]`` are; nobody reads the others."""
+    starts, mask = problem.tables.rows.tolist(), torch.zeros(len(problem.x), len(offsets) * R, dtype=torch.bool)
+    for member, places in enumerate(offsets.tolist()):
+        for slot, rank in enumerate(problem.tables.rank.tolist()):
+            if places[slot] >= 0:
+                mask[starts[slot] : starts[slot + 1], member * R : member * R + rank] = True
+    return mask
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.usefixtures("_emulated")
+def test_equals_the_reference(dropout: bool, deterministic: bool) -> None:
+    problem = Problem(dropout)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        ours = through_ops(problem)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact, plain = (problem.run(reference, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for mine, one, other in zip(ours, exact, plain, strict=True):
+        assert (mine - one).norm() <= 2 * (other - one).norm() + 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["down", "up", "grad_factor", "grad_hidden", "swiglu", "swiglu_pointwise_grad", "swiglu_grad"]
+)
+def test_the_emulator_takes_what_the_bindings_take(name: str) -> None:
+    text = " ".join(path.read_text() for path in CSRC.glob("*bindings.cpp"))
+    found = re.search(rf'm\.def\("{name}".*?\);', text, flags=re.DOTALL)
+    assert found is not None
+    assert re.findall(r'arg\("(\w+)"\)', found[0]) == list(inspect.signature(getattr(emulator, name)).parameters)
