@@ -15,7 +15,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from plora.models import from_config
 from plora.models.attention import PackedSequences
 from plora.models.base import BaseModel
 from plora.models.presets import preset_config
+from plora.profiler import MemoryModel
 from plora.training.loss import backward_cross_entropy, chunk_rows
-from plora.training.optimizer import AdamWConfig, PackedAdamW
+from plora.training.optimizer import OPTIMIZER_STATES, AdamWConfig, PackedAdamW
 from plora.training.rounds import batch_gradients
 from providers import BmmAdapters, TorchtuneLoRA, peft_model
 from records import Records
@@ -39,6 +40,29 @@ STANDARD_CASE = "64x128:standard"
 
 
 @dataclass(frozen=True)
+class Options:
+    """How it is trained; what is saved in memory costs time.
+
+    Args:
+        microbatch: most tokens of a microbatch.
+        recompute: layers recomputed in backward; True is all.
+        optimizer_state: exact or 8bit, plora's.
+        quantize: the base's precision, None for bf16.
+    """
+
+    microbatch: int = 8192
+    recompute: bool | int = False
+    optimizer_state: str = "exact"
+    quantize: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"microbatches of {self.microbatch}"]
+        if self.recompute:
+            parts.append("all layers recomputed" if self.recompute is True else f"{self.recompute} layers recomputed")
+        return ", ".join(parts + ["8-bit moments"] * (self.optimizer_state == "8bit"))
+
+
+@dataclass(frozen=True)
 class Case:
     """What is trained: ``sequences`` of ``length`` tokens in a step, shared evenly by ``ranks``' adapters."""
 
@@ -46,12 +70,10 @@ class Case:
     ranks: list[int]
     sequences: int
     length: int
-    microbatch: int
-    checkpointing: bool
-    quantize: str | None
+    options: Options
 
     @classmethod
-    def parse(cls, text: str, model: str, microbatch: int, checkpointing: bool, quantize: str | None) -> Case:
+    def parse(cls, text: str, model: str, options: Options) -> Case:
         """``"64x128:standard"``, or ``"16x512:8x16"`` for 8 adapters of rank 16 on 16 sequences of 512 tokens.
 
         Raises:
@@ -65,7 +87,7 @@ class Case:
             raise ValueError(f"a case reads 64x128:standard or 16x512:8x16, got {text!r}") from error
         if sequences % len(ranks):
             raise ValueError(f"case {text}: {sequences} sequences must be a multiple of its {len(ranks)} adapters")
-        return cls(model, ranks, sequences, length, microbatch, checkpointing, quantize)
+        return cls(model, ranks, sequences, length, options)
 
     @property
     def tokens(self) -> int:
@@ -74,7 +96,7 @@ class Case:
     @property
     def name(self) -> str:
         mix = "standard mix" if self.ranks == STANDARD_MIX else f"{len(self.ranks)} x r{self.ranks[0]}"
-        base = f", {self.quantize}" if self.quantize else ""
+        base = f", {self.options.quantize}" if self.options.quantize else ""
         return f"{self.model.rpartition('/')[2].lower()}{base}/{mix}/{self.sequences}x{self.length}"
 
     def batches(self, vocab: int) -> dict[int, list[Example]]:
@@ -150,9 +172,9 @@ def frozen_base(records: Records, case: Case, base: BaseModel, repeats: int) -> 
     """The base alone, compiled: forward, loss, and backward to the embeddings."""
     batches = case.batches(base.spec.vocab_size)
     with fresh_memory():
-        base.set_activation_checkpointing(case.checkpointing)
+        base.set_activation_checkpointing(case.options.recompute)
         base.compile_layers()
-        run = _gradients_through(base, batches, case.microbatch)
+        run = _gradients_through(base, batches, case.options.microbatch)
         measure(records, case.name, "frozen base", case.tokens, run, None, repeats, _notes(case))
 
 
@@ -162,25 +184,48 @@ def packed(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
     configs = [plora.AdapterConfig(rank=rank, alpha=2 * rank, seed=i) for i, rank in enumerate(case.ranks)]
     with fresh_memory():
         adapters = plora.pack_adapters(base.module, configs)
-        optimizer = PackedAdamW(adapters)
+        optimizer = PackedAdamW(adapters, case.options.optimizer_state)
         for slot in adapters.slots:
             optimizer.add(slot, AdamWConfig(max_grad_norm=1.0))
-        base.set_activation_checkpointing(case.checkpointing)
+        base.set_activation_checkpointing(case.options.recompute)
         base.compile_layers()
         rates = dict.fromkeys(adapters.slots, (1e-4, 1e-4))
         steps = dict.fromkeys(adapters.slots, 0)
 
         def forward_backward() -> torch.Tensor:
-            losses, _ = batch_gradients(
-                base, adapters, batches, steps, case.microbatch, compile_loss=True, zero_grad=optimizer.zero_grad_
-            )
-            return losses
+            return batch_gradients(
+                base,
+                adapters,
+                batches,
+                steps,
+                case.options.microbatch,
+                compile_loss=True,
+                zero_grad=optimizer.zero_grad_,
+            )[0]
 
         def step() -> None:
             optimizer.step(rates, forward_backward())
 
-        measure(records, case.name, "plora", case.tokens, forward_backward, step, repeats, _notes(case))
+        provider = f"plora, {case.options}"
+        measure(records, case.name, provider, case.tokens, forward_backward, step, repeats, _notes(case))
+        for part, size in predicted_parts(base, case, configs).items():
+            records.add(case.name, provider, f"predicted_{part}_gib", size / 2**30, "GiB", "of the memory model")
         adapters.unpack(base.module)
+
+
+def predicted_parts(base: BaseModel, case: Case, configs: list[plora.AdapterConfig]) -> dict[str, int]:
+    """Where the memory goes, in bytes, by the model that plans with it."""
+    model = MemoryModel(
+        base.spec,
+        "bf16",
+        activation_checkpointing=case.options.recompute,
+        quantize=case.options.quantize,
+        moments=case.options.optimizer_state,
+        loss_chunk=chunk_rows(base.spec.vocab_size, base.device),
+        compiled=True,
+    )
+    parts = model.parts(configs, min(case.options.microbatch, case.tokens))
+    return {name: getattr(parts, name) for name in ("base", "adapters", "activations", "logits", "allocated")}
 
 
 def bmm(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
@@ -189,7 +234,7 @@ def bmm(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
     with fresh_memory():
         adapters = BmmAdapters(base.module, case.ranks)
         optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4, fused=True)
-        base.set_activation_checkpointing(case.checkpointing)
+        base.set_activation_checkpointing(case.options.recompute)
         base.compile_layers()
         gradients = _gradients_through(base, batches, case.tokens)
 
@@ -270,8 +315,8 @@ def _gradients_through(base: BaseModel, batches: dict[int, list[Example]], budge
 
 
 def _notes(case: Case, microbatch: int | None = None) -> str:
-    recompute = "layers recomputed in backward" if case.checkpointing else "no recomputation"
-    return f"microbatch of {microbatch or case.microbatch} tokens, {recompute}, layers compiled"
+    options = replace(case.options, microbatch=microbatch or case.options.microbatch)
+    return f"{options}, layers compiled"
 
 
 def main() -> None:
@@ -280,7 +325,8 @@ def main() -> None:
     parser.add_argument("--case", action="append", help=f"see above; default {STANDARD_CASE}, can be repeated")
     parser.add_argument("--microbatch", type=int, default=8192, help="token budget of a microbatch")
     parser.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
+    parser.add_argument("--recompute", default="0", metavar="N|all", help="layers recomputed in backward")
+    parser.add_argument("--optimizer-state", choices=OPTIMIZER_STATES, default="exact")
     parser.add_argument("--providers", nargs="*", default=["frozen", "plora", "bmm", "peft", "torchtune"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", help="write the figures to this file")
@@ -288,10 +334,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")
     try:
-        cases = [
-            Case.parse(text, args.model, args.microbatch, args.checkpointing, args.quantize)
-            for text in args.case or [STANDARD_CASE]
-        ]
+        recompute = True if args.recompute == "all" else int(args.recompute)
+        options = Options(args.microbatch, recompute, args.optimizer_state, args.quantize)
+        cases = [Case.parse(text, args.model, options) for text in args.case or [STANDARD_CASE]]
     except ValueError as error:
         parser.error(str(error))
     records = Records("step")

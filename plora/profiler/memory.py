@@ -16,14 +16,14 @@ q, k, v after rotation     e (Q + 2 V)     attention
 attention output           e Q             attention and the adapter of o
 log-sum-exp                4 heads         attention
 rotary table rows          4 e head_dim    sine and cosine, for q and for k
-gate, up, silu(gate)       3 e F           SwiGLU
-their product              e F             the adapter of down
+gate, up, without adapters 2 e F           SwiGLU, which the adapters of gate, up and down ride on
 h of each adapted linear   e rank          the adapter's B
 =========================  ==============  =====================================================
 
-``compiled`` layers fuse the norms and SwiGLU: the norm's input is kept in the compute dtype, ``silu(gate)`` and
-the rotary rows are recomputed. With activation checkpointing a layer keeps its input alone (``e D``), and one
-layer at a time is held in full while it is recomputed.
+``compiled`` layers fuse the norms: their input is kept in the compute dtype and their output made again, and so are
+the rotary rows that differ between q and k. With activation checkpointing a layer keeps its input alone (``e D``), and one layer at a time is held in full while it is
+recomputed. Where only some layers are, that one costs nothing: the last layer is not among them, and those before it
+are recomputed when others have been freed.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ class Saved:
     Args:
         activations: factor on the bytes that grow with the microbatch's tokens.
         fixed: bytes added whatever the pack is.
+        idle: the allocator's share as a part of activations and logits; None for what is usual.
     """
 
     activations: float = 1.0
     fixed: int = 0
+    idle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class MemoryModel:
     Args:
         spec: the base model's dimensions.
         dtype: compute dtype, ``bf16`` or ``fp32``.
-        activation_checkpointing: recompute each layer in the backward pass.
+        activation_checkpointing: recompute each layer in the backward pass, or this many of them.
         device: ``cuda`` or ``cpu``.
         quantize: ``nf4`` for 4-bit linear layers of the base, or None.
         moments: ``exact`` (fp32) or ``8bit`` optimizer moments.
@@ -127,12 +129,12 @@ class MemoryModel:
         calibration: measured corrections.
 
     Raises:
-        ValueError: for a dtype, device, quantisation or moments that do not exist.
+        ValueError: for a dtype, device, quantisation or moments that do not exist, or more layers than there are.
     """
 
     spec: ModelSpec
     dtype: str = "bf16"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = False
     device: str = "cuda"
     quantize: str | None = None
     moments: str = "exact"
@@ -149,6 +151,11 @@ class MemoryModel:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+        if not 0 <= self.recomputed_layers <= self.spec.num_layers:
+            raise ValueError(
+                f"activation_checkpointing = {self.activation_checkpointing}: {self.spec.name} has "
+                f"{self.spec.num_layers} layers; give at most as many, or true for all"
+            )
         if self.loss_chunk < 1:
             raise ValueError(f"loss_chunk must be at least 1 row, got {self.loss_chunk}")
 
@@ -156,6 +163,12 @@ class MemoryModel:
     def element(self) -> int:
         """Bytes of one value of the compute dtype."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def recomputed_layers(self) -> int:
+        """How many layers are recomputed in the backward pass."""
+        chosen = self.activation_checkpointing
+        return chosen * self.spec.num_layers if isinstance(chosen, bool) else chosen
 
     def base_bytes(self, degree: int = 1) -> int:
         """Bytes of the frozen base on one of ``degree`` devices: quantised linears, the rest in the compute dtype."""
@@ -190,11 +203,11 @@ class MemoryModel:
         """Bytes per token that one layer saves for its backward pass (the table above)."""
         spec, e = self.spec, self.element
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        norm_input = e if self.compiled else 4
-        whole = 2 * (norm_input + e) * spec.dim
+        norm = e if self.compiled else 4 + e
+        whole = 2 * norm * spec.dim
         attention = e * (2 * q + 2 * kv) + 4 * spec.num_heads
-        rotary = 0 if self.compiled else 4 * e * spec.head_dim
-        ffn = (3 if self.compiled else 4) * e * spec.ffn_dim
+        rotary = (2 if self.compiled else 4) * e * spec.head_dim
+        ffn = 2 * e * spec.ffn_dim
         ranks = e * max_rank * len(spec.linears)
         return whole + rotary + ranks + (attention + ffn) / degree
 
@@ -211,7 +224,9 @@ class MemoryModel:
         # In flight while a layer is differentiated: gradients of the product, gate and up, of its input and output.
         in_flight = e * (3 * spec.ffn_dim / degree + 3 * spec.dim)
         ends = (2 * e + 4) * spec.dim + 32  # embedding, final norm, gradient of the hidden states; token tables
-        layers = spec.num_layers * e * spec.dim + layer if self.activation_checkpointing else spec.num_layers * layer
+        recomputed = self.recomputed_layers
+        held = max(1, spec.num_layers - recomputed)
+        layers = recomputed * e * spec.dim + held * layer
         return int(tokens * (layers + in_flight + ends) * self.calibration.activations)
 
     def logits_bytes(self, tokens: int, degree: int = 1) -> int:
@@ -261,15 +276,14 @@ class MemoryModel:
         logits = self.logits_bytes(tokens, degree)
         generated = self.generation_bytes(*generation, degree) if generation[0] else 0
         overhead = OVERHEAD[self.device]
+        idle = overhead.fraction if self.calibration.idle is None else self.calibration.idle
         return MemoryParts(
             base=self.base_bytes(degree),
             adapters=adapter_bytes,
             activations=activations,
             logits=logits,
             generation=generated,
-            overhead=overhead.fixed
-            + self.calibration.fixed
-            + int(overhead.fraction * max(activations + logits, generated)),
+            overhead=overhead.fixed + self.calibration.fixed + int(idle * max(activations + logits, generated)),
         )
 
     def adapter_room(

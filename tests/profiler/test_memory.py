@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from plora.models import PackedSequences, from_config
 from plora.models.presets import preset_config
@@ -11,7 +14,8 @@ from plora.models.spec import ModelSpec
 from plora.modules.config import AdapterConfig
 from plora.modules.packed import pack_adapters
 from plora.profiler import MemoryModel, format_bytes
-from plora.profiler.memory import GIB, MIB, Saved
+from plora.profiler.memory import GIB, MIB, STATE_BYTES, Saved
+from plora.training.optimizer import OPTIMIZER_STATES, AdamWConfig, PackedAdamW
 
 SEVEN_B = ModelSpec.preset("Qwen/Qwen2.5-7B")
 
@@ -35,6 +39,27 @@ def test_adapter_state_is_18_bytes_a_parameter_in_bf16_and_16_in_fp32():
     assert fp32.adapter_bytes(8) == 16 * fp32.adapter_params(8)
     assert MemoryModel(SEVEN_B, "bf16", moments="8bit").adapter_bytes(8) < 0.7 * bf16.adapter_bytes(8)
     assert bf16.adapter_params(4, ("q_proj", "v_proj")) == 4 * 28 * (3584 + 3584 + 3584 + 512)
+
+
+@pytest.mark.parametrize("state", OPTIMIZER_STATES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_adapter_bytes_are_those_that_a_pack_and_its_optimizer_hold(dtype, state):
+    assert set(OPTIMIZER_STATES) == set(STATE_BYTES)
+    name = "Qwen/Qwen2.5-0.5B"
+    base = from_config({**preset_config(name), "num_hidden_layers": 2, "vocab_size": 64}, dtype=dtype)
+    configs = [AdapterConfig(rank=16), AdapterConfig(rank=3, target_modules=("q_proj", "down_proj"))]
+    packed = pack_adapters(base.module, configs)
+    optimizer = PackedAdamW(packed, state)
+    for slot in packed.slots:
+        optimizer.add(slot, AdamWConfig())
+    arena = packed.arena
+    shadow = 0 if arena.shadow is arena.weight else arena.shadow.nbytes
+    own = 0
+    if state == "8bit":
+        own = sum(t.nbytes for slot in packed.slots for t in optimizer._moments.tensors(packed.adapters[slot]).values())
+    held = sum(flat.nbytes for _, flat in arena.flats()) + shadow + own
+    memory = MemoryModel(replace(ModelSpec.preset(name), num_layers=2), dtype, moments=state)
+    assert held == pytest.approx(sum(memory.adapter_bytes(c.rank, c.target_modules) for c in configs), rel=1e-3)
 
 
 def test_tensor_parallelism_keeps_the_factor_on_the_whole_side():
@@ -88,6 +113,52 @@ def test_checkpointing_keeps_one_layer_and_every_input():
     assert plain.activation_bytes(2000) == pytest.approx(2 * plain.activation_bytes(1000))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, True])
+def test_peak_with_some_layers_recomputed(count):
+    """What is saved at the peak, against all tensors alive over forward and backward."""
+    tokens, layers = 96, 4
+    sizes = {"num_hidden_layers": layers, "vocab_size": 64, "hidden_size": 112, "intermediate_size": 608}
+    base = from_config({**preset_config("Qwen/Qwen2.5-0.5B"), **sizes})
+    packed = pack_adapters(base.module, [AdapterConfig(rank=16)])
+    peaks = []
+    for setting in (False, count):
+        base.set_activation_checkpointing(setting)
+        sequences = PackedSequences.from_lengths([tokens], torch.device("cpu"))
+        with packed.route([tokens]), _Alive() as alive:
+            hidden = base.hidden_states(torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens), sequences)
+            hidden.sum().backward()
+        peaks.append(alive.peak)
+    memory = MemoryModel(base.spec, "fp32", device="cpu")
+    recomputing = replace(memory, activation_checkpointing=count)
+    assert recomputing.recomputed_layers == (layers if count is True else count)
+    saved = memory.activation_bytes(tokens, 16) - recomputing.activation_bytes(tokens, 16)
+    assert peaks[0] - peaks[1] == pytest.approx(saved, rel=0.05)
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the bytes of all storages made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._made = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {each.untyped_storage()._cdata for each in tree_leaves(args) if isinstance(each, torch.Tensor)}
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in known:
+                storage = each.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {key: value for key, value in self._made.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return out
+
+
+def test_more_layers_than_there_are_is_a_mistake():
+    with pytest.raises(ValueError, match="activation_checkpointing = 29: .* has 28 layers"):
+        MemoryModel(SEVEN_B, activation_checkpointing=29)
+
+
 def test_parts_add_up_and_generation_replaces_training():
     memory = MemoryModel(SEVEN_B)
     adapters = [AdapterConfig(rank=8), AdapterConfig(rank=32, target_modules=("q_proj",))]
@@ -138,3 +209,24 @@ def test_unknown_settings_are_named(setting, message):
 )
 def test_sizes_read_well(size, text):
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_compiled_layers_keep_what_the_model_says(name: str) -> None:
+    """Counted on what autograd holds after a forward pass of one layer."""
+    sizes = {"hidden_size": 112, "intermediate_size": 592, "num_attention_heads": 7, "num_key_value_heads": 1}
+    config = {**preset_config(name), **sizes, "num_hidden_layers": 1, "vocab_size": 64}
+    base = from_config(config, dtype="bf16")
+    tokens, lengths = 96, [48, 48]
+    packed = pack_adapters(base.module, [AdapterConfig(rank=16, seed=seed) for seed in range(2)])
+    base.compile_layers(backend="aot_eager_decomp_partition")
+    x = torch.randn(1, tokens, 112, dtype=torch.bfloat16, requires_grad=True)
+    with packed.route(lengths):
+        out = base.layers[0](x, mask=PackedSequences.from_lengths(lengths), input_pos=torch.arange(tokens)[None] % 48)
+    kept = {
+        each.untyped_storage().data_ptr(): each.numel() * each.element_size()
+        for each in out.grad_fn.saved_tensors
+        if each is not None and tokens in each.shape
+    }
+    predicted = MemoryModel(base.spec, "bf16", compiled=True).layer_bytes_per_token(max_rank=16)
+    assert sum(kept.values()) / tokens == pytest.approx(predicted, rel=0.02)
