@@ -1,6 +1,6 @@
 // grad_hidden = scale * dy F^T and grad F += scale * hidden^T dy in one pass over dy, for sm_90 and later.
 //
-// A cluster of eight blocks owns up to 256 tokens and some columns; each block walks an eighth of these, 64
+// A cluster of eight blocks owns up to 256 tokens and some columns; each block takes every eighth 64 of these, one
 // a step, in parts of 128 tokens. Its part of grad_hidden stays in registers throughout; grad F is complete
 // for these tokens after each step and leaves at once. At the end the blocks add up grad_hidden in each
 // other's shared memory. Where several clusters share the columns, so that there are enough of them to keep
@@ -43,9 +43,10 @@ struct GradHiddenCluster {
     const int64_t begin = __ldg(args.schedule.begin + piece.slot);
     if (begin < 0) return;  // the same for the whole cluster
     const int64_t offset = begin + piece.rank_begin * args.width;
-    const int columns = ceil_div(args.width, kPanel), each = ceil_div(columns, gridDim.x);
-    const int first = blockIdx.x * each, parts = piece.rows > kPartRows ? 2 : 1;
-    const int steps = max(min(each, columns - first), 0) * parts;
+    const int columns = ceil_div(args.width, kPanel), parts = piece.rows > kPartRows ? 2 : 1;
+    const int panels = max(ceil_div(columns - static_cast<int>(blockIdx.x), gridDim.x), 0), steps = panels * parts;
+    // Neighbouring columns go to different blocks, which then read whole pages of memory together.
+    const auto column_of = [](int panel) { return static_cast<int>(blockIdx.x + panel * gridDim.x) * kPanel; };
     const bf16* dy = static_cast<const bf16*>(args.dy) + piece.row * args.width;
     const bf16* from = static_cast<const bf16*>(args.factors) + offset;
     const bf16* hidden_from = static_cast<const bf16*>(args.hidden) + piece.row * args.hidden_stride + piece.rank_begin;
@@ -56,7 +57,7 @@ struct GradHiddenCluster {
     const auto load = [&](int step) {
       bf16* stage = pipeline + step % kStages * kDy;
       const int part = step % parts;
-      const int64_t column = static_cast<int64_t>(first + step / parts) * kPanel;
+      const int column = column_of(step / parts);
 #pragma unroll
       for (int half = 0; half < kPartRows; half += kTileRows) {
         const int row = part * kPartRows + half;
@@ -96,7 +97,7 @@ struct GradHiddenCluster {
     for (int step = 0; step < steps; step += parts) {
       compute(step, cute::Int<0>{});
       if (parts == 2) compute(step + 1, cute::Int<1>{});
-      store_factor_grad(args, piece, offset, static_cast<int64_t>(first + step / parts) * kPanel, factor_sums);
+      store_factor_grad(args, piece, offset, column_of(step / parts), factor_sums);
     }
     cute::cp_async_wait<0>();
     __syncthreads();
