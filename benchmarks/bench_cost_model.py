@@ -5,7 +5,8 @@
 Each model (random weights) is calibrated as a sweep does it, on rounds of one pack. Then other packs train rounds of
 other make: one adapter to 32, ranks 4 to 128, 100 to 12000 tokens in sequences of 30 to 1024, all or a quarter of them
 labelled, one microbatch or several. Errors are predicted over measured minus one. Steps run as in a sweep, on a GPU
-with compiled layers and loss; the first runs of a new shape, which may compile, are left out and counted apart.
+with compiled layers and loss; the first runs of a new shape, which may compile, are left out and counted apart. At the
+end some of the rounds calibrated with are measured again: no model can be closer than the machine is to itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from plora.engine.calibration import measure, peak_samples, samples
+from plora.engine.calibration import Calibrated, measure, peak_samples, samples
 from plora.engine.costs import CostModels
 from plora.models import from_config
 from plora.models.base import BaseModel
@@ -38,6 +39,8 @@ MIXES = {
 }
 TOKENS = {"cuda": (96, 700, 1500, 3000, 6000, 8000, 12000), "cpu": (24, 48, 96, 150, 220, 400)}
 LENGTHS = {"cuda": (48, 100, 250, 600, 1024), "cpu": (16, 30, 60, 110)}
+# Rounds calibrated with that are measured again.
+AGAIN = 6
 FULL = {"cuda": 8192, "cpu": 256}
 
 
@@ -78,8 +81,8 @@ def packs(ranks: Sequence[int], kind: str, token_budget: int, seed: int) -> list
 
 def fit(
     base: BaseModel, memory: MemoryModel, models: CostModels, peaks: PeakMemory, free: int, seconds: float, again: bool
-) -> tuple[Profile, float]:
-    """Calibrate as a sweep does, without touching the stored profiles; and what that took."""
+) -> tuple[Profile, float, Calibrated]:
+    """Calibrate as a sweep does, without touching the stored profiles; what that took, and what was measured."""
     began = time.perf_counter()
     estimated = models.estimate(memory).cost(1)
     chosen = calibration_rounds(memory, estimated, free)
@@ -98,7 +101,7 @@ def fit(
             flush=True,
         )
     print(f"  {profile.costs[1]}\n  {profile.memory}", flush=True)
-    return profile, took
+    return profile, took, found
 
 
 def predict(pack: Pack, measured: MeasuredRound, memory: MemoryModel, cost: StepCost) -> tuple[float, int, int]:
@@ -123,11 +126,11 @@ def measure_model(records: Records, name: str, dtype: str, device: torch.device,
         compiled=can_compile(device), activation_checkpointing=options.checkpointing,
     )  # fmt: skip
     print(f"{name} in {dtype} on {models.name}, torch {torch.__version__}", flush=True)
-    profile, took = fit(base, memory, models, peaks, free, options.calibrate_seconds, options.start)
+    profile, took, found = fit(base, memory, models, peaks, free, options.calibrate_seconds, options.start)
     case = name.rpartition("/")[2].lower()
     records.add(case, "calibration", "seconds", took, "s")
     calibrated, cost = replace(memory, calibration=profile.memory), profile.costs[1]
-    errors: dict[str, list[float]] = {"time": [], "memory": [], "reserved": []}
+    errors: dict[str, list[float]] = {"time": [], "memory": [], "reserved": [], "machine's own": []}
     for seed, ranks in enumerate(MIXES[device.type][-options.mixes :]):
         state = sum(memory.adapter_bytes(rank) for rank in ranks)
         budget = FULL[device.type]
@@ -152,6 +155,10 @@ def measure_model(records: Records, name: str, dtype: str, device: torch.device,
                     errors["reserved"].append(reserved / measured.reserved - 1)
                     shown += f"; reserved {measured.reserved / GIB:.2f} GiB, {reserved / measured.reserved - 1:+.1%}"
                 print(f"  {pack.name}: {shown} (warm-up {measured.warmup_seconds:.1f} s)", flush=True)
+    with PackProbe(base, found.ranks, peaks) as probe:
+        for each, before in zip(found.planned[:AGAIN], found.rounds, strict=False):
+            now = probe.round(each.lengths, each.token_budget, labelled=each.labelled, repeats=options.repeats)
+            errors["machine's own"].append(now.seconds / before.seconds - 1)
     for what, values in errors.items():
         if values:
             sizes = np.abs(values)
@@ -159,7 +166,7 @@ def measure_model(records: Records, name: str, dtype: str, device: torch.device,
                 ("median", np.median(sizes)), ("p90", np.quantile(sizes, 0.9)), ("max", sizes.max()),
                 ("mean_signed", np.mean(values)),
             ):  # fmt: skip
-                records.add(case, f"{what} error", metric, float(value), "1", f"{len(values)} packs not fitted to")
+                records.add(case, f"{what} error", metric, float(value), "1", f"{len(values)} rounds")
     del base
     gc.collect()
 

@@ -16,8 +16,11 @@ int clusters_per_run(const GradHiddenArgs& args) {
 
 int in_clusters(const GradHiddenArgs& args, bool vector, void* stream) {
   const auto kernel = vector ? grad_hidden_cluster_kernel<true> : grad_hidden_cluster_kernel<false>;
-  const int bytes = tuned(device_arch()).grad_hidden * 1024;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  int arch;
+  cudaError_t error = compiled_for(kernel, &arch);
+  if (error != cudaSuccess) return error;
+  const int bytes = tuned(arch).grad_hidden * 1024;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -44,6 +47,10 @@ int grad_hidden(const GradHiddenArgs& args, bool clusters, void* stream) {
                 &Tuned::grad_hidden, 0, stream);
 }
 
-bool has_clusters() { return device_arch() >= 900; }
+// Code for older architectures runs on newer devices too, but has none.
+bool has_clusters() {
+  int arch;
+  return device_arch() >= 900 && compiled_for(grad_hidden_cluster_kernel<true>, &arch) == cudaSuccess && arch >= 900;
+}
 
 }  // namespace plora

@@ -258,14 +258,23 @@ __device__ inline bool arrives_last(int32_t* counter, int blocks) {
 
 // ---- Launching.
 
+// What a kernel's code was compiled for, times 100 as __CUDA_ARCH__ is: its tiles and stages were chosen by that, and
+// the device may be newer.
+template <class Args>
+cudaError_t compiled_for(void (*kernel)(Args), int* arch) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  *arch = error == cudaSuccess ? attributes.ptxVersion * 10 : 0;
+  return error;
+}
+
 template <class Args>
 int launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int Tuned::* kib, int extra, void* stream) {
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
-  // The stages were chosen for the architecture of the binary, which may be older than the device.
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  int arch;
+  cudaError_t error = compiled_for(kernel, &arch);
   if (error != cudaSuccess) return error;
-  const int bytes = tuned(attributes.binaryVersion * 10).*kib * 1024 + extra;
+  const int bytes = tuned(arch).*kib * 1024 + extra;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(args);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -20,6 +21,7 @@ from plora.config.components import COMPONENT, resolve
 from plora.config.loading import KEYS
 from plora.config.schema import DEFAULT_LOADER, DEFAULT_TOKENIZER
 from plora.data.prompts import COMPONENTS
+from plora.planner.preview import duration
 from plora.report.results import TrialSummary, to_dataframe
 from plora.report.sweep_result import SweepResult
 from plora.search.settings import DATA_PREFIX, DEFAULTS, SETTINGS, Setting, setting_named
@@ -131,8 +133,57 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def test_the_planner_s_picture_is_what_its_snippet_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = [block for block in fences("python") if "plan_on" in block]
+    (shown,) = [block for block in fences("text") if block.startswith("Plan for")]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    printed = [line.rstrip() for line in capsys.readouterr().out.rstrip().splitlines()]
+    assert printed == shown.splitlines(), "run the snippet under 'What the planner decides' and paste what it prints"
+    plan, cost = names["plan"], names["problem"].time.cost(1)
+    assert cost.floor == pytest.approx(0.042, abs=5e-4)
+    assert 650 < cost.floor / (cost.per_token + cost.per_label) < 750
+    section = README.partition("## What the planner decides")[2].partition("\n## ")[0]
+    for said in (f"before {duration(plan.lower_bound)}", "14.2 GiB", "10.8 GiB", "78.4 GiB", "2.7\n  times here"):
+        assert said in section, said
+    assert round(plan.baselines["best_one_at_a_time"] / plan.makespan, 1) == 2.7
+    memory = names["memory"]
+    sizes = memory.base_bytes(), memory.adapter_bytes(256), plan.free_bytes
+    assert [f"{size / 2**30:.1f}" for size in sizes] == ["14.2", "10.8", "78.4"]
+
+
+def test_the_gains_of_packing_are_those_of_the_stored_figures() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "planner.json").read_text())
+    ends = {(row["case"], row["provider"]): row["value"] for row in rows if row["metric"] == "makespan_s"}
+    gains: dict[tuple[bool, str], list[float]] = {}
+    for case in {case for case, _ in ends if "/120 configs/" in case}:
+        for provider in ("best_one_at_a_time", "min_gpu"):
+            gains.setdefault(("1024" in case, provider), []).append(ends[case, provider] / ends[case, "plora"])
+    section = " ".join(README.partition("## What the planner decides")[2].partition("\n## ")[0].split())
+    for key, low, high in (
+        ((True, "best_one_at_a_time"), "1.0", "1.18"),
+        ((True, "min_gpu"), "1.3", "2.8"),
+        ((False, "best_one_at_a_time"), "1.16", "3.0"),
+    ):
+        assert f"{low} to {high} times" in section
+        for text, value in ((low, min(gains[key])), (high, max(gains[key]))):
+            assert f"{value:.{len(text.partition('.')[2])}f}" == text, key
+
+
+def test_the_errors_of_the_cost_model_are_the_stored_ones() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cost_model_cpu.json").read_text())
+    errors = {(row["provider"], row["metric"]): f"{row['value']:.1%}" for row in rows if "error" in row["provider"]}
+    section = " ".join(README.partition("## What the planner decides")[2].partition("\n## ")[0].split())
+    own = errors["machine's own error", "median"]
+    memory, time = ([errors[f"{what} error", metric] for metric in ("median", "max")] for what in ("memory", "time"))
+    assert f"memory is off by {memory[0]} in the median and {memory[1]} at most" in section
+    assert f"step times by {time[0]} and {time[1]}" in section
+    assert f"differs from itself by {own}" in section
+    assert f"{sum(row['metric'] == 'step' and row['provider'] == 'measured' for row in rows)} packs" in section
+
+
 def test_no_python_is_left_untested() -> None:
-    assert len(fences("python")) == 2
+    assert len(fences("python")) == 3
 
 
 def test_commands_name_what_exists(tmp_path: Path) -> None:
@@ -190,7 +241,8 @@ def test_table_of_settings_is_complete_and_true() -> None:
 def test_output_directory_is_told_as_it_is(tmp_path: Path) -> None:
     (listing,) = [block for block in fences("text") if block.startswith("output_dir/")]
     layout = SweepLayout(tmp_path)
-    paths = [layout.config, layout.plan, layout.study, layout.results, layout.report, layout.events, layout.log]
+    paths = [layout.config, layout.plan, layout.study, layout.results, layout.predictions_table]
+    paths += [layout.report, layout.events, layout.log]
     named = re.findall(r"^  ([\w.]+)\s", listing, flags=re.MULTILINE)
     assert named == [path.name for path in paths]
     for path in (layout.metrics("t"), layout.predictions("t"), layout.predictions("t", "test")):

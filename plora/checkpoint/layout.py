@@ -64,6 +64,11 @@ class SweepLayout:
         return self.root / "results.csv"
 
     @property
+    def predictions_table(self) -> Path:
+        """Predicted times and memory beside what was measured."""
+        return self.root / "predictions.csv"
+
+    @property
     def report(self) -> Path:
         """The ranking as a page."""
         return self.root / "report.html"

@@ -39,6 +39,7 @@ KEYS = (
     "metric_logger",
     "plan_only",
     "hardware",
+    "plan",
 )
 
 
@@ -86,6 +87,7 @@ def _interpret(raw: dict[str, Any], findings: Findings, new_sweep: bool) -> Swee
     loggers = sections.read_metric_loggers(root)
     plan_only = root.read("plan_only", checks.boolean, False)
     hardware = sections.read_hardware(root, plan_only)
+    plan = sections.read_plan(root, hardware)
     note_data_at_hand(datasets, dataset_val, dataset_test, findings)
     note_model_at_hand(model, tokenizer, trials, findings)
     if output_dir is not None and new_sweep and not plan_only:
@@ -110,6 +112,7 @@ def _interpret(raw: dict[str, Any], findings: Findings, new_sweep: bool) -> Swee
         packing=packing,
         plan_only=plan_only,
         hardware=hardware,
+        plan=plan,
         metric_loggers=loggers,
         trials=trials,
         warnings=tuple(findings.warnings),

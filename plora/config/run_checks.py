@@ -44,16 +44,24 @@ def check_run(config: SweepConfig, trials: Sequence[Trial], spec: ModelSpec | No
     errors += data_problems(config)
     if spec is None:
         return errors, []
-    misfits = model_problems(config.tokenizer, trials, spec)
+    misfits = model_problems(config.model, config.tokenizer, trials, spec)
     errors += misfits
     if not misfits and not config.plan_only:
         errors += _disk_problems(config.output_dir, required_bytes(trials, spec, config.export))
     return errors, [] if misfits else rank_warnings(trials, spec)
 
 
-def model_problems(tokenizer: TokenizerConfig, trials: Sequence[Trial], spec: ModelSpec) -> list[str]:
-    """What does not fit the model ``spec``: target modules, lengths."""
+def model_problems(
+    model: ModelConfig, tokenizer: TokenizerConfig, trials: Sequence[Trial], spec: ModelSpec
+) -> list[str]:
+    """What does not fit the model ``spec``: target modules, lengths, layers."""
     errors = check_targets(trials, spec)
+    recomputed = model.activation_checkpointing
+    if not isinstance(recomputed, (bool, str)) and recomputed > spec.num_layers:
+        errors.append(
+            f"model.activation_checkpointing = {recomputed}: {spec.name} has {spec.num_layers} layers; "
+            "give at most as many, or true for all"
+        )
     longest = tokenizer.max_seq_len
     if longest is not None and longest > spec.max_positions:
         errors.append(
@@ -78,7 +86,7 @@ def note_model_at_hand(
         spec = ModelSpec.from_config(content if isinstance(content, dict) else {}, source=str(model.source))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, ModelError):
         return
-    for problem in model_problems(tokenizer, trials, spec):
+    for problem in model_problems(model, tokenizer, trials, spec):
         where, _, advice = problem.partition(": ")
         findings.add(where, advice)
 

@@ -27,14 +27,15 @@ class ModelConfig:
         component: dotted name of the function that loads it.
         revision: branch, tag or commit on the hub.
         dtype: ``bf16``, ``fp32`` or ``nf4`` (4-bit weights, products in bf16).
-        activation_checkpointing: recompute activations in backward; ``"auto"`` where memory asks for it.
+        activation_checkpointing: recompute activations in backward, of all layers or of this many; ``"auto"``
+            where memory asks for it.
     """
 
     source: str
     component: str = DEFAULT_LOADER
     revision: str = "main"
     dtype: str = "bf16"
-    activation_checkpointing: bool | str = "auto"
+    activation_checkpointing: bool | int | str = "auto"
 
     @property
     def compute_dtype(self) -> str:
@@ -167,16 +168,21 @@ class PackingConfig:
     Args:
         tokens_per_microbatch: token budget of a microbatch; ``"auto"`` is chosen by the memory model.
         memory_fraction: part of the device's free memory that a plan may use.
+        optimizer_state: ``exact`` (fp32) or ``8bit`` moments of AdamW.
         max_adapters: most adapters in a pack; None for no limit but memory.
         solver: ``HiGHS``, ``CBC`` or ``auto``.
-        time_limit: seconds that one solve may take.
+        time_limit: seconds that the search for a better plan may take.
+        calibrate: when the device is profiled before planning: ``auto`` where no profile is stored and the sweep is
+            long enough, ``always`` where none is stored, or ``never``, which also stores none from the run.
     """
 
     tokens_per_microbatch: int | str = "auto"
     memory_fraction: float = 0.9
+    optimizer_state: str = "exact"
     max_adapters: int | None = None
     solver: str = "auto"
     time_limit: float = 10.0
+    calibrate: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,7 @@ class SweepConfig:
         dataset_test: what the test data changes in it; None for no test data.
         plan_only: show what would run where and for how long, and train nothing.
         hardware: the devices to plan for; None for those here.
+        plan: file of a plan to follow; None makes one.
         metric_loggers: trackers, as ``{"_component_": dotted name, **arguments}``.
         trials: what is trained; the first is the default.
         warnings: settings that have no effect, or not the one they seem to have.
@@ -229,6 +236,7 @@ class SweepConfig:
     packing: PackingConfig
     plan_only: bool
     hardware: HardwareConfig | None
+    plan: Path | None
     metric_loggers: tuple[Mapping[str, Any], ...]
     trials: tuple[Trial, ...]
     warnings: tuple[str, ...]

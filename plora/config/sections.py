@@ -26,6 +26,7 @@ from plora.config.schema import (
 )
 from plora.config.section import Section
 from plora.profiler.hardware import find_gpu
+from plora.profiler.memory import STATE_BYTES
 
 _DIRECTIONS = {"val_loss": "minimize", "exact_match": "maximize", "label_accuracy": "maximize"}
 _fraction = checks.optional(checks.real(above=0, high=1))
@@ -40,9 +41,18 @@ def read_model(root: Section) -> ModelConfig:
         revision=section.read("revision", checks.text, "main"),
         dtype=section.read("dtype", checks.one_of("bf16", "fp32", "nf4"), "bf16"),
         activation_checkpointing=section.read(
-            "activation_checkpointing", checks.word_or("auto", checks.boolean), "auto"
+            "activation_checkpointing", checks.word_or("auto", _boolean_or_layers), "auto"
         ),
     )
+
+
+def _boolean_or_layers(value: Any) -> bool | int:
+    if isinstance(value, bool):
+        return value
+    try:
+        return checks.whole(1)(value)
+    except ValueError:
+        raise ValueError("must be true or false, or a number of layers from 1") from None
 
 
 def read_tokenizer(root: Section, model: ModelConfig) -> TokenizerConfig:
@@ -143,9 +153,11 @@ def read_packing(root: Section) -> PackingConfig:
     return PackingConfig(
         tokens_per_microbatch=section.read("tokens_per_microbatch", checks.word_or("auto", checks.whole(1)), "auto"),
         memory_fraction=section.read("memory_fraction", checks.real(above=0, high=1), 0.9),
+        optimizer_state=section.read("optimizer_state", checks.one_of(*STATE_BYTES), "exact"),
         max_adapters=section.read("max_adapters", checks.optional(checks.whole(1)), None),
         solver=section.read("solver", checks.one_of("auto", "HiGHS", "CBC"), "auto"),
         time_limit=section.read("time_limit", checks.real(above=0), 10.0),
+        calibrate=section.read("calibrate", checks.one_of("auto", "always", "never"), "auto"),
     )
 
 
@@ -158,6 +170,25 @@ def read_hardware(root: Section, plan_only: bool) -> HardwareConfig | None:
         section.findings.add("hardware", "a sweep trains on what is here: set plan_only=true, or remove it")
     gpu, count = section.read("gpu", _data_sheet), section.read("count", checks.whole(1), 1)
     return None if gpu is None else HardwareConfig(gpu, count)
+
+
+def read_plan(root: Section, hardware: HardwareConfig | None) -> Path | None:
+    """``plan:``, the file of a plan to follow."""
+    path = root.read("plan", checks.optional(_plan_file), None)
+    if path is not None and hardware is not None:
+        root.findings.add("plan", "is followed on what is here: remove hardware, or plan", str(path))
+    return path
+
+
+def _plan_file(value: Any) -> Path:
+    from plora.planner.plan import Plan  # here, because the solver's interface takes a moment to import
+
+    path = Path(checks.text(value)).expanduser()
+    try:
+        Plan.load(path)
+    except ValueError as error:
+        raise ValueError(f"cannot be followed: {error}") from None
+    return path
 
 
 def _data_sheet(value: Any) -> str:

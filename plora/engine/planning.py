@@ -1,79 +1,217 @@
-"""Which trials train together under the device's free memory, and what that should cost."""
+"""Which trials train together, when they join and what that should cost: on the device here, or on others."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from plora.checkpoint.atomic import atomic_file
 from plora.config.schema import SweepConfig
 from plora.data.types import Task
+from plora.engine.costs import CostModels
 from plora.models import ModelSpec
-from plora.planner import Load, Packing, choose_checkpointing, load_trials, pack_trials
-from plora.profiler import MemoryModel, TimeModel, estimate, find_gpu, format_bytes, host_free_bytes
-from plora.profiler.time import default_time
+from plora.planner import Load, Plan, PlannedJob, Problem, check_plan, load_trials, make_problem, plan_on, retimed
+from plora.planner.costs import ROWS_AT_A_TIME
+from plora.profiler import MemoryModel, StepCost, find_gpu, format_bytes
+from plora.search.trial import DEFAULT_TRIAL, Trial
+from plora.training.live import evaluation_steps
 from plora.training.loss import can_compile, chunk_rows
+from plora.training.scorers import LABEL_ACCURACY
 
 log = logging.getLogger(__name__)
 
 # Packed generation is planned with room for this many rows at full length.
 _GENERATION_ROWS = 32
+# A plan for many devices is worth more search than one for the device here.
+_SEARCH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The packs of a sweep.
+    """What a sweep is going to do.
 
     Args:
-        device: where they run, one after another.
-        memory: the memory model they were made with; it says whether activations are recomputed.
-        packing: the packs.
+        problem: the trials, limits and cost models that it was planned with.
+        plan: the jobs.
         free_bytes: bytes free on the device before anything was loaded.
     """
 
-    device: torch.device
-    memory: MemoryModel
-    packing: Packing
+    problem: Problem
+    plan: Plan
     free_bytes: int
 
     @property
-    def seconds(self) -> float:
-        """Predicted time of all packs, start-up left out."""
-        return sum(pack.seconds for pack in self.packing.packs)
+    def memory(self) -> MemoryModel:
+        """The memory model; it says whether activations are recomputed."""
+        return self.problem.memory
+
+    @property
+    def cost(self) -> StepCost:
+        """The time model of one device."""
+        return self.problem.time.cost(1)
+
+    def sizes(self, job: PlannedJob) -> dict[str, int]:
+        """Bytes of each of a job's adapters."""
+        loads = {load.name: load for load in self.problem.loads}
+        return {t.name: self.memory.adapter_bytes(t.rank, loads[t.name].target_modules) for t in job.trials}
+
+    def fullest(self, job: PlannedJob) -> list[str]:
+        """The trials whose adapters are alive when a job's take most memory."""
+        sizes = self.sizes(job)
+        rounds = sorted({trial.start_round for trial in job.trials})
+        alive = [[t.name for t in job.trials if t.start_round <= mark < t.end_round] for mark in rounds]
+        return max(alive, key=lambda names: sum(sizes[name] for name in names))
+
+    def groups(self, job: PlannedJob) -> list[list[str]]:
+        """A job's trials in groups that fit the device together, now that they all have ended."""
+        sizes = self.sizes(job)
+        most = sum(sizes[name] for name in self.fullest(job))
+        groups: list[list[str]] = []
+        for name, size in sizes.items():
+            if groups and sum(sizes[other] for other in groups[-1]) + size <= most:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
 
 
-def make_plan(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task], device: torch.device) -> SweepPlan:
-    """Pack the trials.
+def plan_sweep(
+    config: SweepConfig,
+    spec: ModelSpec,
+    tasks: Mapping[str, Task],
+    models: CostModels,
+    *,
+    free: int | None = None,
+    is_loaded: bool = False,
+) -> SweepPlan:
+    """The plan for the device here: the one given (``plan:``), or the best found.
 
     Args:
         config: the sweep's.
         spec: the base model's shape.
         tasks: the data of each trial, by its name.
-        device: where to train.
+        models: the device's cost models.
+        free: bytes free on it before the base was loaded; None for those free now.
+        is_loaded: whether the base is loaded and compiled already.
 
     Raises:
-        ValueError: with the numbers, if a trial does not fit even alone.
+        ValueError: with the numbers, if a trial does not fit even alone; with every mismatch, if a given plan does not
+            fit this sweep.
     """
-    loads, memory, packing = loads_of(config, spec, tasks), memory_model(config, spec, device), config.packing
-    options = limits(config, tasks) | {"solver": packing.solver.lower(), "time_limit": packing.time_limit}
-    free = free_bytes(device)
-    usable = int(free * packing.memory_fraction)
-    time = time_models(device)
-    if config.model.activation_checkpointing == "auto":
-        return SweepPlan(device, *choose_checkpointing(loads, memory, usable, time=time, **options), free)
-    return SweepPlan(device, memory, pack_trials(loads, memory, usable, time=time(memory), **options), free)
+    free = models.free_bytes() if free is None else free
+    options: dict[str, Any] = limits(config, tasks) | {
+        "time": models.time,
+        "free_bytes": int(free * config.packing.memory_fraction),
+        "is_loaded": is_loaded,
+    }
+    loads = loads_of(config, spec, tasks)
+    if config.plan is not None:
+        return _given(config, spec, loads, models, options, free)
+    choices = [models.memory(memory) for memory in memory_models(config, spec, models.device)]
+    solver, seconds = config.packing.solver.lower(), config.packing.time_limit
+    problem, plan = plan_on(loads, choices, models.gpu, 1, solver=solver, time_limit=seconds, **options)
+    return SweepPlan(problem, plan, free)
+
+
+def plan_elsewhere(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task]) -> Plan:
+    """The plan for ``config.hardware``, from its data sheet.
+
+    Raises:
+        ValueError: as `plan_sweep`.
+    """
+    assert config.hardware is not None
+    gpu, count = find_gpu(config.hardware.gpu), config.hardware.count
+    choices = [replace(memory, compiled=True) for memory in memory_models(config, spec, torch.device("cuda"))]
+    options = limits(config, tasks) | {"free_bytes": int(gpu.free_bytes * config.packing.memory_fraction)}
+    loads, solver = loads_of(config, spec, tasks), config.packing.solver.lower()
+    return plan_on(loads, choices, gpu, count, solver=solver, time_limit=_SEARCH_SECONDS, **options)[1]
+
+
+def _given(
+    config: SweepConfig, spec: ModelSpec, loads: list[Load], models: CostModels, options: dict[str, Any], free: int
+) -> SweepPlan:
+    assert config.plan is not None
+    plan = Plan.load(config.plan)
+    memory = memory_models(config, spec, models.device)[0]
+    try:
+        if config.model.activation_checkpointing == "auto":
+            memory = replace(memory, activation_checkpointing=plan.recomputed_layers)
+        problem = make_problem(loads, models.memory(memory), models.gpu, 1, **options)
+        check_plan(plan, problem)
+    except ValueError as error:
+        raise ValueError(f"plan = '{config.plan}': {error}") from error
+    return SweepPlan(problem, retimed(problem, plan), free)
 
 
 def loads_of(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task]) -> list[Load]:
-    """The trials as the planner sees them."""
-    return load_trials(config.trials, spec, lambda trial: [len(example) for example in tasks[trial.name].train])
+    """The trials as the planner sees them, with what they are evaluated on."""
+    labels: dict[int, int] = {}
+
+    def labels_of(trial: Trial) -> int:
+        task = tasks[trial.name]
+        if id(task) not in labels:
+            labels[id(task)] = sum(example.n_labels for example in task.train)
+        return labels[id(task)]
+
+    def evaluations(trial: Trial, every: float | None) -> int:
+        return len(evaluation_steps(trial.total_steps(len(tasks[trial.name].train)), every))
+
+    def eval_tokens(trial: Trial) -> int:
+        task = tasks[trial.name]
+        tokens = sum(len(example) for example in task.val)
+        times = evaluations(trial, config.evaluation.every)
+        if config.objective.metric == LABEL_ACCURACY:
+            times += max((len(example.fields.get("label_words", ())) for example in task.val), default=0)
+        return times * tokens
+
+    def generated(trial: Trial) -> int:
+        generation = config.evaluation.generation
+        if generation is None or generation.every is None:
+            return 0
+        rows = _answered(config, len(tasks[trial.name].val))
+        return round(evaluations(trial, generation.every) * rows * _answer_tokens(tasks[trial.name]))
+
+    return load_trials(
+        config.trials,
+        spec,
+        lambda trial: [len(example) for example in tasks[trial.name].train],
+        eval_tokens=eval_tokens,
+        generated_tokens=generated,
+        labels=labels_of,
+    )
+
+
+def base_seconds(tasks: Mapping[str, Task], cost: StepCost) -> float:
+    """Predicted seconds of evaluating the base once per data set."""
+    distinct = {id(task): task for task in tasks.values()}.values()
+    return sum(
+        cost.eval_seconds(sum(map(len, task.val)), sum(example.n_labels for example in task.val)) for task in distinct
+    )
+
+
+def scoring_seconds(config: SweepConfig, tasks: Mapping[str, Task], cost: StepCost) -> float:
+    """Predicted seconds of what follows the training: answers on validation data, and scores on test data.
+
+    An adapter is taken to answer at the length of its data set's answers, the base at the longest allowed.
+    """
+    task = tasks[DEFAULT_TRIAL] if DEFAULT_TRIAL in tasks else next(iter(tasks.values()))
+    test_tokens, test_labels = sum(map(len, task.test)), sum(example.n_labels for example in task.test)
+    generation = config.evaluation.generation
+    if not config.objective.needs_answers or generation is None:
+        return 3 * cost.eval_seconds(test_tokens, test_labels)
+    chosen = len(config.trials) if generation.top_k is None else min(generation.top_k + 1, len(config.trials))
+    rows, most = _answered(config, len(task.val)), generation.max_new_tokens
+    usual = min(_answer_tokens(task), most)
+    return sum(
+        cost.generation_seconds(count * n, tokens, ROWS_AT_A_TIME)
+        for count, n, tokens in (
+            (chosen, rows, usual), (1, rows, most), (2, len(task.test), usual), (1, len(task.test), most),
+        )
+    )  # fmt: skip
 
 
 def limits(config: SweepConfig, tasks: Mapping[str, Task]) -> dict[str, Any]:
@@ -86,57 +224,38 @@ def limits(config: SweepConfig, tasks: Mapping[str, Task]) -> dict[str, Any]:
     }
 
 
-def memory_model(config: SweepConfig, spec: ModelSpec, device: torch.device) -> MemoryModel:
-    """The memory model of the sweep's base on ``device``."""
-    return MemoryModel(
+def memory_models(config: SweepConfig, spec: ModelSpec, device: torch.device) -> list[MemoryModel]:
+    """The memory models of the sweep's base on ``device`` to choose among: without recomputation, and with it."""
+    wanted = config.model.activation_checkpointing
+    plain = MemoryModel(
         spec,
         dtype=config.model.compute_dtype,
-        activation_checkpointing=config.model.activation_checkpointing is True,
+        activation_checkpointing=False if wanted == "auto" else wanted,  # type: ignore[arg-type]
         device=device.type,
         quantize=config.model.quantize,
+        moments=config.packing.optimizer_state,
         loss_chunk=chunk_rows(spec.vocab_size, device),
         compiled=can_compile(device),
     )
+    return [plain, replace(plain, activation_checkpointing=True)] if wanted == "auto" else [plain]
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on ``device`` now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
-
-
-def write_plan(path: Path, plan: SweepPlan) -> None:
-    """Write ``plan.json``."""
-    packs = [asdict(pack) | {"total_bytes": pack.memory.total} for pack in plan.packing.packs]
-    content = {"version": 1, "free_bytes": plan.free_bytes, "method": plan.packing.method, "packs": packs}
-    with atomic_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def log_plan(plan: SweepPlan) -> None:
-    """Say which packs there are, and what each should need."""
-    packs = plan.packing.packs
-    recompute = ", activations recomputed" if plan.memory.activation_checkpointing else ""
-    n_trials, plural = sum(len(pack.trials) for pack in packs), "s" * (len(packs) > 1)
-    log.info("%d trials in %d pack%s on %s%s", n_trials, len(packs), plural, plan.device, recompute)
-    for number, pack in enumerate(packs, start=1):
+def log_plan(planned: SweepPlan) -> None:
+    """Say which jobs there are, and what each should need."""
+    plan, memory = planned.plan, planned.memory
+    n_trials = sum(len(job.trials) for job in plan.jobs)
+    recomputed = memory.recomputed_layers
+    recompute = f", {recomputed} layers recomputed" if recomputed else ""
+    log.info(
+        "%d trials in %d job%s on %s%s; times %s",
+        n_trials, len(plan.jobs), "s" * (len(plan.jobs) > 1), plan.device, recompute, planned.problem.time.source,
+    )  # fmt: skip
+    for job in plan.jobs:
         log.info(
-            "pack %d: %d trials, up to %d tokens a microbatch, %s of %s free: %s",
-            number, len(pack.trials), pack.tokens, format_bytes(pack.memory.total), format_bytes(plan.free_bytes),
-            pack.memory.describe(),
+            "job %d: %d trials, up to %d tokens a microbatch, %s of %s free",
+            job.number, len(job.trials), job.token_budget, format_bytes(job.memory_bytes),
+            format_bytes(planned.free_bytes),
         )  # fmt: skip
-
-
-def time_models(device: torch.device) -> Callable[[MemoryModel], TimeModel]:
-    """From a memory model to the time model of ``device``, from its data sheet where there is one."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        try:
-            gpu = find_gpu(name)
-        except ValueError:
-            log.warning("no data sheet of a %s: times are predicted as if it were another GPU", name)
-        else:
-            return partial(estimate, gpu)
-    return default_time
 
 
 def _generation_size(config: SweepConfig, tasks: Mapping[str, Task]) -> tuple[int, int]:
@@ -146,3 +265,15 @@ def _generation_size(config: SweepConfig, tasks: Mapping[str, Task]) -> tuple[in
         return 0, 0
     prompts = [len(example.prompt) for task in tasks.values() for example in (*task.val, *task.test)]
     return _GENERATION_ROWS, max(prompts) + generation.max_new_tokens
+
+
+def _answered(config: SweepConfig, n_examples: int) -> int:
+    generation = config.evaluation.generation
+    most = None if generation is None else generation.max_examples
+    return n_examples if most is None else min(most, n_examples)
+
+
+def _answer_tokens(task: Task) -> float:
+    """Tokens of an answer, on average."""
+    examples = task.val or task.train
+    return float(np.mean([example.n_labels for example in examples]))

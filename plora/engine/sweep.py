@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 
-import torch
-
-from plora.checkpoint.atomic import atomic_file
+from plora.checkpoint.atomic import atomic_file, write_text
 from plora.checkpoint.layout import EventLog, SweepLayout
 from plora.config.components import resolve
 from plora.config.schema import SweepConfig
+from plora.engine.calibration import calibrate, pays
 from plora.engine.checks import check_sweep
+from plora.engine.costs import CostModels
 from plora.engine.export import export_best
 from plora.engine.logs import SweepLog
-from plora.engine.planning import log_plan, make_plan, write_plan
-from plora.engine.preview import preview, show_preview
+from plora.engine.metering import JobMeter, compare, learn
+from plora.engine.planning import SweepPlan, base_seconds, log_plan, plan_elsewhere, plan_sweep, scoring_seconds
+from plora.engine.preview import show_preview
 from plora.engine.ranking import Ranking
 from plora.engine.recorder import Recorder
 from plora.engine.scoring import Objective, SavedAdapters
 from plora.engine.tasks import load_tasks
 from plora.models.base import BaseModel
-from plora.modules.packed import pack_adapters
-from plora.planner import Pack
-from plora.profiler import format_bytes
+from plora.modules.packed import PackedAdapters, pack_adapters
+from plora.planner import PlannedJob
+from plora.report.accuracy import Accuracy, Compared, warnings, write_accuracy
 from plora.report.html import write_report
 from plora.report.info import SweepInfo
 from plora.report.leaderboard import print_leaderboard
@@ -35,8 +37,10 @@ from plora.report.results import to_dataframe, winner, write_csv
 from plora.report.sweep_result import SweepResult
 from plora.report.text import duration
 from plora.search.study import SweepStudy, create_study
+from plora.search.trial import Trial
 from plora.training.job import PackJob
-from plora.training.loss import can_compile
+from plora.training.loss import can_compile, forget_compiled
+from plora.training.peaks import PeakMemory
 from plora.training.records import JobSettings
 
 log = logging.getLogger(__name__)
@@ -54,6 +58,7 @@ class Sweep:
         self.layout = SweepLayout(config.output_dir)
         self._opened = ExitStack()
         self._started = time.perf_counter()
+        self._base_took = 0.0
 
     def setup(self) -> None:
         """Check everything against the model, the data and the device, then read the data.
@@ -82,40 +87,50 @@ class Sweep:
         Raises:
             ValueError: with the numbers, if a trial does not fit even alone; if the base cannot be loaded.
         """
-        if self.config.plan_only:
-            show_preview(preview(self.config, self.checked.spec, self.tasks, self.checked.device), self.layout)
+        if self.config.plan_only and self.config.hardware is not None:
+            show_preview(plan_elsewhere(self.config, self.checked.spec, self.tasks), self.layout)
             return False
-        self.planned = make_plan(self.config, self.checked.spec, self.tasks, self.checked.device)
+        self._models = CostModels(self.checked.device)
+        self._free = self._models.free_bytes()
+        self._peaks = PeakMemory(self.checked.device)
+        self.planned = self._plan()
+        if self.config.plan_only:
+            show_preview(self.planned.plan, self.layout)
+            return False
+        self._load()
+        self._calibrate()
         log_plan(self.planned)
-        self.base = self._load_base()
         self._open_outputs()
         return True
 
     def run(self) -> None:
         """Train every pack, then score what the objective needs, on validation data and once on test data."""
-        packs = self.planned.packing.packs
-        self.objective = Objective(self.config, token_budget=min(pack.tokens for pack in packs))
+        jobs = self.planned.plan.jobs
+        self.objective = Objective(self.config, token_budget=min(job.token_budget for job in jobs))
+        self._accuracies: list[Accuracy] = []
         self.recorder = Recorder(self.layout, self.study, self._events, self.objective.name)
         before = time.perf_counter()
         with LiveView(self.config.trials) as view:
             listeners = Listeners([self.recorder, MetricsFile(self.layout), view, *self.checked.trackers])
             try:
-                for pack in packs:
-                    self._train(pack, listeners)
+                for job in jobs:
+                    self._train(job, listeners)
             finally:
                 listeners.close()
-        self._training_took = time.perf_counter() - before
+        trained = time.perf_counter()
         saved = SavedAdapters(self.base, self.checked.tokenizer, self.layout, self.objective)
         self.ranking = Ranking(self.config, self.objective, self.recorder, self.tasks)
-        self.ranking.score_validation(saved, [pack.trials for pack in packs])
+        self.ranking.score_validation(saved, [group for job in jobs for group in self.planned.groups(job)])
         self.ranking.tell(self.study)
         self.ranking.score_test(saved)
+        self._accuracies.append(self._whole(trained - before, time.perf_counter() - trained))
 
     def report(self) -> SweepResult:
         """Write adapters, table and page, print the ranking, and return the results."""
         exported = export_best(self.config, self.layout, self.base, self.checked.tokenizer, self.ranking.order())
         ranked, info = self.ranking.summaries(exported), self._info()
         write_csv(self.layout.results, ranked)
+        write_accuracy(self.layout.predictions_table, self._accuracies)
         curves = {trial.name: read_curve(self.layout.metrics(trial.name)) for trial in self.config.trials}
         write_report(self.layout.report, ranked, info, curves)
         self._events.event("sweep_ended", best=best.name if (best := winner(ranked)) else None)
@@ -131,7 +146,7 @@ class Sweep:
         self.layout.create()
         with atomic_file(self.layout.config) as path:
             path.write_text(config.to_yaml(commit=self.checked.spec.commit), encoding="utf-8")
-        write_plan(self.layout.plan, self.planned)
+        write_text(self.layout.plan, self.planned.plan.to_json())
         self.study: SweepStudy = create_study(
             config.output_dir,
             config.trials,
@@ -158,23 +173,98 @@ class Sweep:
         )
         return base
 
-    def _train(self, pack: Pack, listeners: Listeners) -> None:
+    def _plan(self, *, is_loaded: bool = False) -> SweepPlan:
+        return plan_sweep(
+            self.config, self.checked.spec, self.tasks, self._models, free=self._free, is_loaded=is_loaded
+        )
+
+    def _load(self) -> None:
+        """Load the base, and note what that takes."""
+        began = time.perf_counter()
+        self.base = self._load_base()
+        self._load_took, self._load_predicted = time.perf_counter() - began, self.planned.cost.load
+        self._compile_predicted = self.planned.cost.compile
+
+    def _calibrate(self) -> None:
+        """Measure the device where no profile is stored and it pays; then plan again with what was measured."""
+        wanted, planned, models = self.config.packing.calibrate, self.planned, self._models
+        if wanted == "never" or models.profile(planned.memory) is not None:
+            return
+        usable = planned.problem.free_bytes
+        worth, seconds = pays(planned.plan.makespan, planned.memory, models.estimate(planned.memory).cost(1), usable)
+        if not worth and wanted == "auto":
+            log.info(
+                "not calibrated: that takes about %s, too long for a sweep of about %s (packing.calibrate=always does "
+                "it); times are estimates, and the next sweep learns from this one",
+                duration(seconds), duration(planned.plan.makespan),
+            )  # fmt: skip
+            return
+        generates = self.config.evaluation.generation is not None
+        profile = calibrate(
+            self.base, planned.memory, models, usable, self._peaks, load_seconds=self._load_took, generates=generates
+        )
+        if profile is not None:
+            self.planned, self._compile_predicted = self._plan(is_loaded=True), 0.0
+            self.base.set_activation_checkpointing(self.planned.memory.activation_checkpointing)
+
+    def _train(self, job: PlannedJob, listeners: Listeners) -> None:
+        meter = JobMeter(job, self._peaks)
         by_name = {trial.name: trial for trial in self.config.trials}
-        trials = [by_name[name] for name in pack.trials]
-        packed = pack_adapters(self.base.module, [trial.adapter for trial in trials])
+        trials = [by_name[trial.name] for trial in job.trials]
+        packed = self._pack(job, by_name)
         try:
             if can_compile(self.checked.device):
                 self.base.compile_layers()
             settings = JobSettings(
-                token_budget=pack.tokens,
+                token_budget=job.token_budget,
                 eval_token_budget=self.config.evaluation.batch_tokens,
                 eval_every=self.config.evaluation.every,
                 base_known=frozenset(self.recorder.base_scores),
+                ready=job.ready,
+                optimizer_state=self.config.packing.optimizer_state,
             )
             scorers = self.objective.job_scorers(self.base, packed, self.checked.tokenizer)
-            PackJob(self.base, packed, trials, self.tasks, settings, listeners, scorers).run()
+            heard = Listeners([*listeners.listeners, meter])
+            running = PackJob(self.base, packed, trials, self.tasks, settings, heard, scorers)
+            running.run()
         finally:
             packed.unpack(self.base.module)
+            forget_compiled(self.checked.device)
+        measured = meter.finish(running.times)
+        self._base_took += running.times.base
+        if measured is not None:
+            compiling = self._compile_predicted if job is self.planned.plan.jobs[0] else 0.0
+            self._accuracies.append(compare(job, measured, compiling))
+            if self.config.packing.calibrate != "never":
+                learn(self._models, self.planned, job, measured)
+
+    def _pack(self, job: PlannedJob, trials: Mapping[str, Trial]) -> PackedAdapters:
+        """The base with an arena as large as the job ever needs; what does not start in it makes room for what does."""
+        fullest, first = self.planned.fullest(job), set(job.ready((), ()))
+        packed = pack_adapters(
+            self.base.module, [trials[name].adapter for name in fullest], capacity=max(8, 2 * len(job.trials))
+        )
+        for slot, name in zip(packed.slots, fullest, strict=True):
+            if name not in first:
+                packed.remove(slot)
+        return packed
+
+    def _whole(self, training: float, scoring: float) -> Accuracy:
+        """The sweep's predictions beside what it took; a calibration is no part of either."""
+        plan, cost = self.planned.plan, self.planned.cost
+        jobs = plan.makespan - plan.load_seconds + self._compile_predicted
+        base, scores = base_seconds(self.tasks, cost), scoring_seconds(self.config, self.tasks, cost)
+        took = self._load_took + training + scoring
+        return Accuracy(
+            "sweep",
+            (
+                Compared("loading the base", self._load_predicted, self._load_took, "s"),
+                Compared("scoring the base", base, self._base_took, "s"),
+                Compared("jobs", jobs, training - self._base_took, "s"),
+                Compared("scores at the end", scores, scoring, "s"),
+                Compared("everything", self._load_predicted + base + jobs + scores, took, "s"),
+            ),
+        )
 
     def _info(self) -> SweepInfo:
         config, recorder, spec = self.config, self.recorder, self.checked.spec
@@ -189,16 +279,14 @@ class Sweep:
             train_seconds=recorder.train_seconds,
             total_seconds=time.perf_counter() - self._started,
             details=self._costs(),
+            accuracies=tuple(self._accuracies),
         )
 
     def _costs(self) -> dict[str, str]:
-        """What was predicted beside what it was."""
-        plan, device = self.planned, self.checked.device
-        source = " from data sheets" if plan.packing.estimated else ""
-        took = duration(self._training_took)
-        details = {"Training and evaluation": f"predicted{source} {duration(plan.seconds)}, took {took}"}
-        if device.type == "cuda":
-            predicted = max(pack.memory.total for pack in plan.packing.packs)
-            peak = torch.cuda.max_memory_reserved(device)
-            details["Memory"] = f"predicted {format_bytes(predicted)}, peak {format_bytes(peak)}"
-        return details
+        """What the plan was, and where it was off."""
+        plan = self.planned.plan
+        found = {"Plan": f"{len(plan.jobs)} job{'s' * (len(plan.jobs) > 1)} by {plan.method}, gap {plan.gap:.1%}"}
+        off = warnings(self._accuracies, plan.estimated)
+        for line in off:
+            log.warning("%s", line)
+        return found | {"Off by more than 15%": "; ".join(off)} if off else found

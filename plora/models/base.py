@@ -132,19 +132,34 @@ class BaseModel(ABC):
                 f"attention does not do; a sequence of {longest} tokens would differ: lower max_seq_len"
             )
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recomputes each decoder layer in backward (non-reentrant checkpoints) instead of keeping its activations."""
-        for layer in self.layers:
+    def set_activation_checkpointing(self, enabled: bool | int) -> None:
+        """Recomputes decoder layers in backward (non-reentrant checkpoints) instead of keeping their activations.
+
+        Args:
+            enabled: whether each layer is, or how many are. Those are spread evenly, and the last one is among them
+                only if all are: when backward begins it would be held in full in any case.
+
+        Raises:
+            ValueError: if there are not so many layers.
+        """
+        n_layers = len(self.layers)
+        count = enabled * n_layers if isinstance(enabled, bool) else enabled
+        if not 0 <= count <= n_layers:
+            raise ValueError(f"activation_checkpointing must be from 0 to the {n_layers} layers, got {enabled}")
+        others = n_layers - 1
+        for index, layer in enumerate(self.layers):
             kind = type(layer)
-            if enabled and not issubclass(kind, _Recomputed):
+            wanted = count == n_layers or (index < others and index * count % others < count)
+            if wanted and not issubclass(kind, _Recomputed):
                 layer.__class__ = _recomputed(kind)
-            elif not enabled and issubclass(kind, _Recomputed):
+            elif not wanted and issubclass(kind, _Recomputed):
                 layer.__class__ = kind.__mro__[2]
 
     @property
-    def activation_checkpointing(self) -> bool:
-        """Whether decoder layers are recomputed in backward."""
-        return all(isinstance(layer, _Recomputed) for layer in self.layers)
+    def activation_checkpointing(self) -> bool | int:
+        """Whether decoder layers are recomputed in backward, or how many where not all are."""
+        count = sum(isinstance(layer, _Recomputed) for layer in self.layers)
+        return count == len(self.layers) if count in (0, len(self.layers)) else count
 
     def compile_layers(
         self, *, dynamic: bool | None = True, fullgraph: bool = False, backend: str = "inductor"

@@ -58,7 +58,7 @@ def from_pretrained(
     dtype: str = "fp32",
     quantize: Literal["nf4"] | None = None,
     device: torch.device | str = "cpu",
-    activation_checkpointing: bool | Literal["auto"] = False,
+    activation_checkpointing: bool | int | Literal["auto"] = False,
 ) -> BaseModel:
     """Loads a frozen base model.
 
@@ -70,11 +70,12 @@ def from_pretrained(
         dtype: ``"bf16"``, ``"fp32"``, or ``"nf4"`` for an NF4 base computing in bf16.
         quantize: ``"nf4"`` keeps the layers' linears in 4 bits; ``dtype`` is then that of activations.
         device: where to put it.
-        activation_checkpointing: recompute each layer in backward; ``"auto"`` leaves it off here, for the
-            caller to decide with `BaseModel.set_activation_checkpointing`.
+        activation_checkpointing: recompute each layer in backward, or this many; ``"auto"`` leaves it off here,
+            for the caller to decide with `BaseModel.set_activation_checkpointing`.
 
     Raises:
         ModelError: if the checkpoint cannot be had, read, or represented exactly.
+        ValueError: if more layers are to be recomputed than there are.
     """
     compute, quantize = _precision(dtype, quantize)
     checkpoint = resolve(source, revision)
@@ -92,7 +93,7 @@ def from_pretrained(
         logger.info("%s is built by transformers: %s", spec.name, reason)
         read_index(checkpoint.folder)
         base = hf_compat.load(checkpoint.folder, spec, config, compute, quantize, device)
-    base.set_activation_checkpointing(activation_checkpointing is True)
+    base.set_activation_checkpointing(False if activation_checkpointing == "auto" else activation_checkpointing)
     return base
 
 

@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from plora.planner.costs import Costs
 from plora.planner.greedy import greedy
 from plora.planner.jobs import Draft, Workshop, makespan, order_rounds, place
-from plora.planner.packing import first_fit
 from plora.planner.problem import Problem
 from plora.profiler.time import TimeModel
 
@@ -43,7 +43,8 @@ def baselines(problem: Problem, peft: TimeModel) -> dict[str, float]:
     for name, plan in plans.items():
         drafts = plan()
         if name in ("max_gpu", "sequential_packed"):
-            ends[name] = sum(draft.seconds for draft in drafts)
+            load = drafts[0].costs.problem.load_seconds
+            ends[name] = load + sum(draft.seconds for draft in drafts)
         else:
             ends[name] = makespan(place(drafts, n_devices))
     return ends
@@ -75,3 +76,36 @@ def _sequential(workshop: Workshop) -> list[Draft]:
                 drafts.append(alone)
         choices.append(drafts)
     return min(choices, key=lambda drafts: sum(draft.seconds for draft in drafts))
+
+
+def first_fit(costs: Costs, loads: Sequence[int] | None = None) -> list[list[int]]:
+    """The better of two first-fit packings: by falling steps (packs of even length) and by falling size (fewest).
+
+    Args:
+        costs: the table; each load fits alone.
+        loads: which loads; None for all.
+    """
+    loads = range(len(costs.problem.loads)) if loads is None else loads
+    orders = (
+        sorted(loads, key=lambda k: (-costs.steps[k], -costs.size[k])),
+        sorted(loads, key=lambda k: (-costs.size[k], -costs.steps[k])),
+    )
+    return min(
+        (_first_fit(costs, order) for order in orders), key=lambda packs: sum(costs.seconds(pack) for pack in packs)
+    )
+
+
+def _first_fit(costs: Costs, order: Sequence[int]) -> list[list[int]]:
+    packs: list[list[int]] = []
+    filled: list[int] = []
+    for k in order:
+        size = costs.size[k]
+        for index, pack in enumerate(packs):
+            if filled[index] + size <= costs.room and len(pack) < costs.max_live:
+                pack.append(k)
+                filled[index] += size
+                break
+        else:
+            packs.append([k])
+            filled.append(size)
+    return packs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from plora.planner.costs import LARGEST_BUDGET
+from plora.planner.costs import LARGEST_BUDGET, tail_seconds
 from plora.planner.problem import Load, Problem
 
 _MIXES = tuple(i / 8 for i in range(9))
@@ -58,7 +58,7 @@ def lower_bounds(problem: Problem) -> Bounds:
     A round of a job takes at least ``mix * floor + (1 - mix) * linear`` for any ``mix`` in [0, 1]. The linear part is a
     sum over the live trials; of the floor a trial bears at least the part of the memory (or of the places) it occupies.
     So every mix gives each trial its least device-seconds at each degree, and their sum over the devices is a bound;
-    every device that works also starts once.
+    every device that works also loads and starts once.
     """
     least = _least_costs(problem)
     start = min(option.start for options in least for option in options)
@@ -78,7 +78,7 @@ def lower_bounds(problem: Problem) -> Bounds:
         return start + total / problem.n_devices
 
     whole = 0.0
-    if problem.degrees == (1,):
+    if problem.degrees == (1,) and problem.n_devices > 1:
         # Some device gets at least ceil(n / devices) trials: it takes no less than that many of the smallest.
         smallest = sorted(seconds(options[0], options[0].memory_share, 0.0) for options in least)
         whole = start + sum(smallest[: -(-len(smallest) // problem.n_devices)])
@@ -115,25 +115,27 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
     size = memory.adapter_bytes(load.rank, load.target_modules, degree)
     smallest = problem.token_budget or min(other.longest for other in problem.loads)
     room = memory.adapter_room(problem.free_bytes, smallest, load.rank, degree=degree, generation=problem.generation)
-    per_token = step.per_token + step.per_microbatch / tokens + load.rank * step.per_token_rank
-    alone = step.round_seconds(
+    extra = step.extra_seconds(load.tokens_per_step * load.rank, load.labels, load.squares_per_step)
+    per_token = step.per_token + step.per_microbatch / tokens
+    start = problem.load_seconds + step.start
+    alone = step.round_of(
         load.tokens_per_step,
-        load.tokens_per_step * load.rank,
+        extra,
         1,
         params,
         max(1, -(-int(load.tokens_per_step) // tokens)),
     )
-    tail = load.eval_tokens * step.per_eval_token + load.generated_tokens * step.per_generated_token + step.save
+    tail = tail_seconds(step, load, params)
     return _Least(
         degree=degree,
-        start=step.start,
-        linear=load.steps * (load.tokens_per_step * per_token + step.per_adapter),
+        start=start,
+        linear=load.steps * (load.tokens_per_step * per_token + extra + step.per_adapter),
         optimizer=load.steps * params * step.per_param,
         floor=load.steps * step.floor,
         memory_share=size / room,
         per_step=load.steps * step.per_step,
         tail=tail,
-        chain=step.start + load.steps * alone + tail,
+        chain=start + load.steps * alone + tail,
     )
 
 

@@ -15,7 +15,7 @@ def check_plan(plan: Plan, problem: Problem) -> None:
     Raises:
         ValueError: with every mismatch in one list.
     """
-    mistakes = _trial_mistakes(plan, problem)
+    mistakes = _setting_mistakes(plan, problem) + _trial_mistakes(plan, problem)
     for job in plan.jobs:
         mistakes += _job_mistakes(job, problem)
     mistakes += _overlaps(plan)
@@ -24,12 +24,27 @@ def check_plan(plan: Plan, problem: Problem) -> None:
         raise ValueError(f"the plan does not match this sweep in {len(mistakes)} ways; plan again or change:\n  {text}")
 
 
+def _setting_mistakes(plan: Plan, problem: Problem) -> list[str]:
+    mistakes, memory = [], problem.memory
+    if plan.model != memory.spec.name:
+        mistakes.append(f"it is for the model {plan.model}, not {memory.spec.name}")
+    if plan.n_devices > problem.n_devices:
+        mistakes.append(f"it is for {plan.n_devices} devices ({plan.device}), there are {problem.n_devices}")
+    dtype = memory.quantize or memory.dtype
+    if plan.dtype != dtype:
+        mistakes.append(f"it is for a base in {plan.dtype}, model.dtype is {dtype}")
+    if plan.recomputed_layers != memory.recomputed_layers:
+        mistakes.append(
+            f"it has {plan.recomputed_layers} layers recomputed, model.activation_checkpointing asks for "
+            f"{memory.recomputed_layers}"
+        )
+    return mistakes
+
+
 def _trial_mistakes(plan: Plan, problem: Problem) -> list[str]:
     loads = {load.name: load for load in problem.loads}
     seen: dict[str, int] = {}
     mistakes = []
-    if plan.model != problem.memory.spec.name:
-        mistakes.append(f"it is for the model {plan.model}, not {problem.memory.spec.name}")
     for job in plan.jobs:
         for trial in job.trials:
             if trial.name in seen:
@@ -54,7 +69,9 @@ def _job_mistakes(job: PlannedJob, problem: Problem) -> list[str]:
     if not job.trials:
         return [f"job {job.number} has no trials"]
     outside = [device for device in job.devices if not 0 <= device < problem.n_devices]
-    if outside or len(set(job.devices)) < len(job.devices) or not job.devices:
+    if sorted(job.devices) != list(range(min(job.devices, default=0), min(job.devices, default=0) + len(job.devices))):
+        mistakes.append(f"job {job.number} is on devices {list(job.devices)}: they must be neighbours, each once")
+    elif outside or not job.devices:
         mistakes.append(f"job {job.number} is on devices {list(job.devices)}, there are 0 to {problem.n_devices - 1}")
     if job.degree not in legal_degrees(spec, max(1, job.degree)) or job.degree not in problem.degrees:
         mistakes.append(

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from plora.planner.problem import Problem
+from plora.planner.problem import Load, Problem
 from plora.profiler.time import StepCost
 
 # Microbatches beyond this gain nothing on any device.
 LARGEST_BUDGET = 1 << 16
+# Rows that generate together, as a rule.
+ROWS_AT_A_TIME = 64
 _SIZES = tuple(1 << i for i in range(8, 17))
 
 
@@ -38,7 +40,7 @@ class Costs:
         max_live: adapters that may be alive at a time, memory aside.
         steps: optimizer steps.
         step_tokens: tokens of a step.
-        step_token_rank: tokens of a step times rank.
+        step_extra: seconds of a step's tokens beside their number: rank, labels, attention.
         size: bytes of the adapter on a device.
         params: parameters of the adapter on a device.
         tail: seconds of evaluation and saving.
@@ -55,13 +57,18 @@ class Costs:
     max_live: int
     steps: list[int]
     step_tokens: list[float]
-    step_token_rank: list[float]
+    step_extra: list[float]
     size: list[int]
     params: list[int]
     tail: list[float]
     linear: list[float]
     work: list[float]
     eligible: list[bool]
+
+    @property
+    def start(self) -> float:
+        """Seconds before a job's first round."""
+        return self.step.start
 
     def fits(self, live: Sequence[int]) -> bool:
         """Whether these loads can be alive together."""
@@ -75,17 +82,17 @@ class Costs:
         """Seconds of a round in which each of these loads contributes a batch."""
         return self.round_of_sums(
             sum(self.step_tokens[k] for k in live),
-            sum(self.step_token_rank[k] for k in live),
+            sum(self.step_extra[k] for k in live),
             len(live),
             sum(self.params[k] for k in live),
         )
 
-    def round_of_sums(self, tokens: float, token_rank: float, adapters: int, params: float) -> float:
+    def round_of_sums(self, tokens: float, extra: float, adapters: int, params: float) -> float:
         """The same from sums over the live loads; no time without any."""
         if adapters == 0:
             return 0.0
         microbatches = max(1, math.ceil(tokens / self.tokens - 1e-9))
-        return self.step.round_seconds(tokens, token_rank, adapters, params, microbatches)
+        return self.step.round_of(tokens, extra, adapters, params, microbatches)
 
     def chain_seconds(self, k: int) -> float:
         """Seconds of a load that runs alone, its evaluation and saving included, start-up left out."""
@@ -109,6 +116,18 @@ class Costs:
         rounds = sum((s.last - s.first) * s.round_seconds for s in self.segments(members, starts))
         return rounds + sum(self.tail[k] for k in members)
 
+    def largest_microbatch(self, members: Sequence[int], starts: Sequence[int]) -> int:
+        """Tokens of the largest microbatch that a job is likely to see: rounds are cut evenly.
+
+        Batches vary: three standard deviations above the mean are rarely passed.
+        """
+        largest = 0.0
+        for segment in self.segments(members, starts):
+            mean = sum(self.step_tokens[k] for k in segment.live)
+            spread = sum(self.problem.loads[k].spread ** 2 for k in segment.live) ** 0.5
+            largest = max(largest, min(mean, self.tokens) if mean > self.tokens else mean + 3 * spread)
+        return max(1, min(self.tokens, math.ceil(largest)))
+
     def peak_size(self, members: Sequence[int], starts: Sequence[int]) -> int:
         """Most bytes of adapters alive at a time."""
         return max(sum(self.size[k] for k in segment.live) for segment in self.segments(members, starts))
@@ -121,14 +140,12 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
     room = memory.adapter_room(problem.free_bytes, tokens, max_rank, degree=degree, generation=problem.generation)
     size = [memory.adapter_bytes(load.rank, load.target_modules, degree) for load in loads]
     params = [memory.adapter_params(load.rank, load.target_modules, degree) for load in loads]
-    tail = [
-        load.eval_tokens * step.per_eval_token + load.generated_tokens * step.per_generated_token + step.save
-        for load in loads
-    ]
+    tail = [tail_seconds(step, load, count) for load, count in zip(loads, params, strict=True)]
+    extra = [step.extra_seconds(load.tokens_per_step * load.rank, load.labels, load.squares_per_step) for load in loads]
     per_token = step.per_token + step.per_microbatch / tokens
     linear = [
-        load.steps * (load.tokens_per_step * (per_token + load.rank * step.per_token_rank) + step.per_adapter)
-        for load in loads
+        load.steps * (load.tokens_per_step * per_token + more + step.per_adapter)
+        for load, more in zip(loads, extra, strict=True)
     ]
     return Costs(
         problem=problem,
@@ -139,20 +156,27 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
         max_live=problem.max_adapters or len(loads),
         steps=[load.steps for load in loads],
         step_tokens=[load.tokens_per_step for load in loads],
-        step_token_rank=[load.tokens_per_step * load.rank for load in loads],
+        step_extra=extra,
         size=size,
         params=params,
         tail=tail,
         linear=linear,
         work=[
-            seconds + load.steps * count * step.per_param + extra
-            for load, seconds, count, extra in zip(loads, linear, params, tail, strict=True)
+            seconds + load.steps * count * step.per_param + after
+            for load, seconds, count, after in zip(loads, linear, params, tail, strict=True)
         ],
         eligible=[
             load.longest <= tokens and load.rank <= max_rank and bytes_ <= room
             for load, bytes_ in zip(loads, size, strict=True)
         ],
     )
+
+
+def tail_seconds(step: StepCost, load: Load, params: int) -> float:
+    """Seconds of evaluating, generating for and saving a load over its whole training."""
+    labels = load.eval_tokens * load.labels / load.tokens_per_step
+    generated = load.generated_tokens * (step.per_generated_token + step.per_decode_step / ROWS_AT_A_TIME)
+    return step.eval_seconds(load.eval_tokens, labels) + generated + step.save_seconds(params)
 
 
 def budget_choices(problem: Problem, degree: int) -> list[int]:
@@ -224,7 +248,7 @@ def _own_table(problem: Problem, degree: int, k: int) -> Costs | None:
 
 def _knee(step: StepCost, budgets: Sequence[int], slack: float) -> int:
     def per_token(tokens: int) -> float:
-        return max(step.floor / tokens, step.per_microbatch / tokens + step.per_token)
+        return max(step.floor / tokens, step.per_microbatch / tokens + step.per_token + step.per_label)
 
     best = min(per_token(tokens) for tokens in budgets)
     return next(tokens for tokens in budgets if per_token(tokens) <= (1 + slack) * best)

@@ -62,7 +62,7 @@ def deal(workshop: Workshop, partition: Sequence[int], loads: Sequence[int]) -> 
     groups = []
     for degree in partition:
         tables = workshop.tables[degree]
-        groups.append(_Group(degree, tables[0].step.start, frozenset(range(len(tables)))))
+        groups.append(_Group(degree, tables[0].start, frozenset(range(len(tables)))))
     alone = []
     for k in _longest_first(loads, workshop, sorted(set(partition))):
         ends = [_end_with(workshop, group, k) for group in groups]

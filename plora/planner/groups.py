@@ -65,7 +65,7 @@ def _fluid(workshop: Workshop, partition: Sequence[int]) -> float:
     counts = {degree: partition.count(degree) for degree in degrees}
     loads = range(len(workshop.problem.loads))
     longest, rate_work = 0.0, 0.0
-    start = min(workshop.tables[degree][0].step.start for degree in degrees)
+    start = min(workshop.tables[degree][0].start for degree in degrees)
     for k in loads:
         works = {degree: workshop.work(degree, k) for degree in degrees}
         rate = sum(counts[degree] / work for degree, work in works.items() if work < float("inf"))

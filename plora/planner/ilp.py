@@ -110,7 +110,7 @@ class _Sums:
         self.workshop, self.costs = workshop, costs
         self.members: list[int] = []
         self.weight = self.work = self.linear = self.fixed = 0.0
-        self.tokens = self.token_rank = 0.0
+        self.tokens = self.extra = 0.0
         self.size = self.params = self.steps = 0
 
     def ratio_with(self, k: int) -> float:
@@ -120,13 +120,13 @@ class _Sums:
         if self.workshop.problem.objective == "rank_throughput":
             return weight / costs.round_of_sums(
                 self.tokens + costs.step_tokens[k],
-                self.token_rank + costs.step_token_rank[k],
+                self.extra + costs.step_extra[k],
                 len(self.members) + 1,
                 self.params + costs.params[k],
             )
         steps = max(self.steps, costs.steps[k])
         rounds = max(step.floor * steps, self.linear + costs.linear[k]) + step.per_step * steps
-        return weight / (step.start + rounds + self.fixed + costs.work[k] - costs.linear[k])
+        return weight / (costs.start + rounds + self.fixed + costs.work[k] - costs.linear[k])
 
     def takes(self, k: int, share: float) -> bool:
         """Whether load ``k`` still fits: in memory, in places and in the share of the work."""
@@ -146,7 +146,7 @@ class _Sums:
         self.linear += costs.linear[k]
         self.fixed += costs.work[k] - costs.linear[k]
         self.tokens += costs.step_tokens[k]
-        self.token_rank += costs.step_token_rank[k]
+        self.extra += costs.step_extra[k]
         self.size += costs.size[k]
         self.params += costs.params[k]
         self.steps = max(self.steps, costs.steps[k])
@@ -211,7 +211,7 @@ def _round_time(
     optimizer = pulp.lpSum(costs.params[k] * step.per_param * v for k, v in zip(heads, x, strict=True)) + step.per_step
     program += seconds >= step.floor * m + optimizer
     program += seconds >= step.per_microbatch * m + optimizer + pulp.lpSum(
-        (costs.step_tokens[k] * step.per_token + costs.step_token_rank[k] * step.per_token_rank + step.per_adapter) * v
+        (costs.step_tokens[k] * step.per_token + costs.step_extra[k] + step.per_adapter) * v
         for k, v in zip(heads, x, strict=True)
     )
 
@@ -229,7 +229,7 @@ def _job_time(
     fixed = pulp.lpSum(
         (costs.tail[k] + costs.steps[k] * costs.params[k] * step.per_param) * v for k, v in zip(heads, x, strict=True)
     )
-    program += seconds >= step.start + (step.floor + step.per_step) * rounds + fixed
-    program += seconds >= step.start + step.per_step * rounds + fixed + pulp.lpSum(
+    program += seconds >= costs.start + (step.floor + step.per_step) * rounds + fixed
+    program += seconds >= costs.start + step.per_step * rounds + fixed + pulp.lpSum(
         costs.linear[k] * v for k, v in zip(heads, x, strict=True)
     )

@@ -33,7 +33,7 @@ def plan_jobs(
     remaining = set(range(len(workshop.problem.loads)))
     running: list[tuple[float, int, int]] = []  # (end, first device, degree)
     placed: list[Placed] = []
-    now = 0.0
+    now = workshop.problem.load_seconds
     while remaining:
         for degree, members in decomposer.decompose(devices.free, sorted(remaining)).jobs:
             first = devices.take(degree)

@@ -112,7 +112,7 @@ class Workshop:
         return _Measures(
             fitting,
             costs.work[k],
-            costs.step.start + costs.chain_seconds(k),
+            costs.start + costs.chain_seconds(k),
             costs.tail[k]
             + costs.steps[k] * costs.params[k] * costs.step.per_param
             + max(0.0, costs.linear[k] - costs.steps[k] * costs.step.floor),
@@ -163,7 +163,7 @@ def order_rounds(costs: Costs, members: Sequence[int]) -> Draft:
         costs=costs,
         members=tuple(k for _, k in joined),
         starts=tuple(start for start, _ in joined),
-        seconds=costs.step.start + best.seconds,
+        seconds=costs.start + best.seconds,
         memory_bound=best.memory_bound,
     )
 
@@ -177,7 +177,8 @@ def _token_caps(costs: Costs, members: Sequence[int]) -> list[float]:
     )
     level = total / rounds
     # What a round at the launch floor holds for nothing.
-    floor = costs.step.floor / costs.step.per_token if costs.step.per_token > 0 else level
+    per_token = costs.step.per_token + costs.step.per_label
+    floor = costs.step.floor / per_token if per_token > 0 else level
     caps = [floor, 1.3 * level] if len(members) > 60 else [floor, 1.2 * floor, 1.3 * level, float(costs.tokens)]
     everything = sum(costs.step_tokens[k] for k in members)
     return [float("inf"), *(cap for cap in caps if cap < everything)]
@@ -192,12 +193,12 @@ class _Rounds(NamedTuple):
 def _list_rounds(costs: Costs, order: Sequence[int], cap: float) -> _Rounds:
     """List scheduling: at every change admit, in order, whoever fits."""
     room, max_live = costs.room, costs.max_live
-    sizes, step_tokens, step_token_rank, params = costs.size, costs.step_tokens, costs.step_token_rank, costs.params
+    sizes, step_tokens, step_extra, params = costs.size, costs.step_tokens, costs.step_extra, costs.params
     starts = [0] * len(order)
     waiting = list(range(len(order)))
     live: list[tuple[int, int]] = []  # (end, position in order)
     now, seconds, size, memory_bound = 0, sum(costs.tail[k] for k in order), 0, False
-    tokens, token_rank, parameters = 0.0, 0.0, 0
+    tokens, extra, parameters = 0.0, 0.0, 0
     small, big = 0.0, 0  # tokens of the live loads below the cap; live loads above it
     while waiting or live:
         held = []
@@ -222,11 +223,11 @@ def _list_rounds(costs: Costs, order: Sequence[int], cap: float) -> _Rounds:
             heapq.heappush(live, (now + costs.steps[k], i))
             size += sizes[k]
             tokens += mine
-            token_rank += step_token_rank[k]
+            extra += step_extra[k]
             parameters += params[k]
         waiting = held
         end = live[0][0]
-        seconds += (end - now) * costs.round_of_sums(tokens, token_rank, len(live), parameters)
+        seconds += (end - now) * costs.round_of_sums(tokens, extra, len(live), parameters)
         now = end
         while live and live[0][0] == now:
             k = order[heapq.heappop(live)[1]]
@@ -237,14 +238,14 @@ def _list_rounds(costs: Costs, order: Sequence[int], cap: float) -> _Rounds:
                 small -= mine
             size -= sizes[k]
             tokens -= mine
-            token_rank -= step_token_rank[k]
+            extra -= step_extra[k]
             parameters -= params[k]
     return _Rounds(seconds, starts, memory_bound)
 
 
 def place(drafts: Sequence[Draft], n_devices: int) -> list[Placed]:
-    """Put jobs, in the order given, each on the aligned device group that is free first."""
-    free = [0.0] * n_devices
+    """Put jobs, in the order given, each on the aligned device group that is free first; each device loads once."""
+    free = [drafts[0].costs.problem.load_seconds if drafts else 0.0] * n_devices
     placed = []
     for draft in drafts:
         degree = draft.degree

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from plora.planner.bounds import lower_bounds
 from plora.planner.costs import Costs, make_costs
 from plora.planner.jobs import Draft, Placed
 from plora.planner.problem import Problem
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class PlannedTrial:
     start_round: int
     steps: int
     tokens_per_step: float
+
+    def __post_init__(self) -> None:
+        _text(self, "name")
+        _number(self, "rank", 1, whole=True)
+        _number(self, "start_round", 0, whole=True)
+        _number(self, "steps", 1, whole=True)
+        _number(self, "tokens_per_step", 0)
 
     @property
     def end_round(self) -> int:
@@ -43,8 +51,8 @@ class PlannedJob:
         start: predicted start in seconds after the first job's.
         seconds: predicted duration, with start-up, evaluation and saving.
         round_seconds: predicted seconds of its first round.
-        allocated_bytes: predicted peak of live tensors on each of its devices.
-        memory_bytes: the same with the allocator's share.
+        allocated_bytes: predicted peak of live tensors on each of its devices, at the tokens that its rounds have.
+        memory_bytes: what it is given: full microbatches, and the allocator's share.
     """
 
     number: int
@@ -56,6 +64,14 @@ class PlannedJob:
     round_seconds: float
     allocated_bytes: int
     memory_bytes: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("number", 0), ("token_budget", 1), ("allocated_bytes", 0), ("memory_bytes", 0)):
+            _number(self, name, least, whole=True)
+        for name in ("start", "seconds", "round_seconds"):
+            _number(self, name, 0)
+        if not all(isinstance(device, int) for device in self.devices):
+            raise ValueError(f"job {self.number}: devices must be whole numbers, got {list(self.devices)}")
 
     @property
     def degree(self) -> int:
@@ -98,6 +114,8 @@ class Plan:
 
     Args:
         model: the base model's name.
+        dtype: of its weights: ``bf16``, ``fp32`` or ``nf4``.
+        recomputed_layers: layers whose activations are recomputed in the backward pass.
         device: the device kind the time model is for.
         n_devices: devices planned for.
         free_bytes: bytes that were free on each.
@@ -113,6 +131,8 @@ class Plan:
     """
 
     model: str
+    dtype: str
+    recomputed_layers: int
     device: str
     n_devices: int
     free_bytes: int
@@ -125,6 +145,17 @@ class Plan:
     jobs: tuple[PlannedJob, ...]
     baselines: Mapping[str, float] = field(default_factory=dict)
     candidates: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "dtype", "device"):
+            _text(self, name)
+        for name, least in (("recomputed_layers", 0), ("n_devices", 1), ("free_bytes", 0)):
+            _number(self, name, least, whole=True)
+
+    @property
+    def load_seconds(self) -> float:
+        """Seconds before the first job: loading the base."""
+        return min(job.start for job in self.jobs)
 
     @property
     def gap(self) -> float:
@@ -171,9 +202,23 @@ class Plan:
             raise ValueError(f"a plan of another version; this is version {PLAN_VERSION}: plan again")
         try:
             jobs = tuple(_job_from(job) for job in data.pop("jobs"))
+            if not jobs:
+                raise ValueError("it has no jobs")
             return cls(jobs=jobs, **data)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"not a plan: {error}") from error
+
+
+def _number(value: Any, name: str, least: int, *, whole: bool = False) -> None:
+    found = getattr(value, name)
+    kinds = int if whole else (int, float)
+    if isinstance(found, bool) or not isinstance(found, kinds) or not found >= least:
+        raise ValueError(f"{name} must be a {'whole ' * whole}number of at least {least}, got {found!r}")
+
+
+def _text(value: Any, name: str) -> None:
+    if not isinstance(getattr(value, name), str):
+        raise ValueError(f"{name} must be text, got {getattr(value, name)!r}")
 
 
 def _job_from(data: dict[str, Any]) -> PlannedJob:
@@ -188,12 +233,11 @@ def plan_jobs_of(problem: Problem, placed: list[Placed]) -> tuple[PlannedJob, ..
     for number, job in enumerate(sorted(placed, key=lambda job: (job.start, job.first_device))):
         draft, costs = job.draft, job.draft.costs
         loads = [problem.loads[k] for k in draft.members]
-        memory = problem.memory.parts_from_bytes(
-            costs.peak_size(draft.members, draft.starts),
-            costs.tokens,
-            max(load.rank for load in loads),
-            degree=draft.degree,
-            generation=problem.generation,
+        size, rank = costs.peak_size(draft.members, draft.starts), max(load.rank for load in loads)
+        likely = costs.largest_microbatch(draft.members, draft.starts)
+        given, expected = (
+            problem.memory.parts_from_bytes(size, tokens, rank, degree=draft.degree, generation=problem.generation)
+            for tokens in (costs.tokens, likely)
         )
         jobs.append(
             PlannedJob(
@@ -207,8 +251,8 @@ def plan_jobs_of(problem: Problem, placed: list[Placed]) -> tuple[PlannedJob, ..
                 start=job.start,
                 seconds=draft.seconds,
                 round_seconds=costs.segments(draft.members, draft.starts)[0].round_seconds,
-                allocated_bytes=memory.allocated,
-                memory_bytes=memory.total,
+                allocated_bytes=expected.allocated,
+                memory_bytes=given.total,
             )
         )
     return tuple(jobs)
@@ -220,18 +264,40 @@ def replay(problem: Problem, plan: Plan) -> list[Placed]:
     The plan has been checked (:func:`plora.planner.check_plan`).
     """
     index = {load.name: k for k, load in enumerate(problem.loads)}
-    free = [0.0] * problem.n_devices
+    free = [problem.load_seconds] * problem.n_devices
     placed = []
     for job in sorted(plan.jobs, key=lambda job: (job.start, job.number)):
         costs = _costs_of(problem, job)
         members = tuple(index[trial.name] for trial in job.trials)
         starts = tuple(trial.start_round for trial in job.trials)
-        draft = Draft(costs, members, starts, costs.step.start + costs.seconds(members, starts))
+        draft = Draft(costs, members, starts, costs.start + costs.seconds(members, starts))
         begin = max(free[device] for device in job.devices)
         for device in job.devices:
             free[device] = begin + draft.seconds
         placed.append(Placed(draft, job.devices[0], begin))
     return placed
+
+
+def retimed(problem: Problem, plan: Plan) -> Plan:
+    """The plan's jobs with times and memory as the cost models of ``problem`` predict them.
+
+    The plan has been checked (:func:`plora.planner.check_plan`).
+    """
+    placed = replay(problem, plan)
+    bounds = lower_bounds(problem)
+    return replace(
+        plan,
+        device=problem.time.device,
+        free_bytes=problem.free_bytes,
+        method="given",
+        estimated=problem.time.estimated,
+        makespan=max(job.end for job in placed),
+        lower_bound=bounds.best,
+        bound_reason=bounds.reason,
+        jobs=plan_jobs_of(problem, placed),
+        baselines={},
+        candidates={},
+    )
 
 
 def _costs_of(problem: Problem, job: PlannedJob) -> Costs:

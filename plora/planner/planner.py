@@ -77,6 +77,8 @@ def make_plan(
     placed = answers[method]
     return Plan(
         model=problem.memory.spec.name,
+        dtype=problem.memory.quantize or problem.memory.dtype,
+        recomputed_layers=problem.memory.recomputed_layers,
         device=problem.time.device,
         n_devices=problem.n_devices,
         free_bytes=problem.free_bytes,

@@ -16,6 +16,8 @@ from plora.profiler.memory import GIB
 # Colours that keep apart in a terminal and on paper, by job number.
 TERMINAL_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 HTML_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#9c755f", "#edc948")
+# Above this many the trials are left to the page.
+MOST_TRIALS = 24
 _REASONS = {
     "work": "all devices busy with useful work from start to end",
     "longest": "the longest trial alone",
@@ -25,8 +27,11 @@ _REASONS = {
 
 
 def render(plan: Plan, width: int = 100) -> RenderableType:
-    """The whole preview for a rich console: table of jobs, Gantt chart, totals."""
-    return Group(table(plan), Text(), gantt(plan, width), Text(), Text(summary(plan)))
+    """The whole preview for a rich console: table of jobs, Gantt charts of devices and of trials, totals."""
+    charts = [gantt(plan, width)]
+    if sum(len(job.trials) for job in plan.jobs) <= MOST_TRIALS:
+        charts.append(trial_gantt(plan, width))
+    return Group(table(plan), *(part for chart in charts for part in (Text(), chart)), Text(), Text(summary(plan)))
 
 
 def as_text(plan: Plan, width: int = 120) -> str:
@@ -88,12 +93,30 @@ def gantt(plan: Plan, width: int = 100) -> Text:
     return chart
 
 
+def trial_gantt(plan: Plan, width: int = 100) -> Text:
+    """A line per trial: the rounds of its job that it takes part in, at even width."""
+    chart = Text()
+    names = max(len(trial.name) for job in plan.jobs for trial in job.trials)
+    columns = max(20, width - names - 22)
+    for job in plan.jobs:
+        chart.append(f"Rounds of job {job.number}: 0 to {job.rounds}\n")
+        for trial in job.trials:
+            first, last = (round(x / job.rounds * columns) for x in (trial.start_round, trial.end_round))
+            bar = "█" * max(1, last - first)
+            chart.append(f"{trial.name:{names}} |{' ' * min(first, columns - 1)}")
+            chart.append(bar, style=TERMINAL_COLOURS[job.number % len(TERMINAL_COLOURS)])
+            rest = " " * max(0, columns - first - len(bar))
+            chart.append(f"{rest}| {trial.tokens_per_step:,.0f} tokens/step\n")
+    chart.rstrip()
+    return chart
+
+
 def summary(plan: Plan) -> str:
     """Totals, the gap to the lower bound, and the predicted savings, in sentences."""
     trials = sum(len(job.trials) for job in plan.jobs)
     busy = sum(job.degree * job.seconds for job in plan.jobs) / (plan.n_devices * plan.makespan)
     lines = [
-        f"{trials} trials in {len(plan.jobs)} jobs end after {duration(plan.makespan)}"
+        f"{trials} trials in {len(plan.jobs)} job{'s' * (len(plan.jobs) > 1)} end after {duration(plan.makespan)}"
         f"{' (times estimated from data sheets)' if plan.estimated else ''}; devices are busy {busy:.0%} of it.",
         f"No plan can end before {duration(plan.lower_bound)} ({_REASONS[plan.bound_reason]}): "
         f"the gap is {plan.gap:.1%}.",

@@ -30,6 +30,9 @@ class Load:
         target_modules: linear layers it adapts.
         eval_tokens: tokens it is evaluated on in all, forward pass alone.
         generated_tokens: tokens it generates for its metric in all.
+        labels_per_step: labelled tokens of one of its batches, on average; None where all of them are.
+        squares_per_step: squared lengths of the sequences of one of its batches, summed, on average.
+        spread: standard deviation of the tokens of one of its batches.
     """
 
     name: str
@@ -40,6 +43,9 @@ class Load:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     eval_tokens: int = 0
     generated_tokens: int = 0
+    labels_per_step: float | None = None
+    squares_per_step: float = 0.0
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.steps < 1 or self.tokens_per_step <= 0 or self.longest < 1:
@@ -49,11 +55,17 @@ class Load:
             )
 
     @property
+    def labels(self) -> float:
+        """Labelled tokens of one of its batches, on average."""
+        return self.tokens_per_step if self.labels_per_step is None else self.labels_per_step
+
+    @property
     def kind(self) -> tuple:
         """Equal for trials that the planner need not tell apart."""
         return (
             self.rank, self.steps, self.tokens_per_step, self.longest,
-            self.target_modules, self.eval_tokens, self.generated_tokens,
+            self.target_modules, self.eval_tokens, self.generated_tokens, self.labels, self.squares_per_step,
+            self.spread,
         )  # fmt: skip
 
 
@@ -72,6 +84,7 @@ class Problem:
         max_adapters: adapters alive in a job at a time; None for what fits.
         generation: rows and length of packed generation, ``(0, 0)`` for none.
         objective: ``makespan``, or ``rank_throughput`` as in PLoRA.
+        is_loaded: whether the base is on the device already, compiled.
 
     Raises:
         ValueError: for an empty problem, doubled names or contradictory limits.
@@ -87,6 +100,7 @@ class Problem:
     max_adapters: int | None = None
     generation: tuple[int, int] = (0, 0)
     objective: str = "makespan"
+    is_loaded: bool = False
 
     def __post_init__(self) -> None:
         if not self.loads:
@@ -123,6 +137,12 @@ class Problem:
             self.time.cost(degree)
 
     @property
+    def load_seconds(self) -> float:
+        """Seconds before the first job of a device: it loads and compiles the base once, for all its jobs."""
+        cost = self.time.cost(min(self.degrees))
+        return 0.0 if self.is_loaded else cost.load + cost.compile
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence of all trials."""
         return max(load.longest for load in self.loads)
@@ -146,6 +166,7 @@ def load_trials(
     *,
     eval_tokens: Callable[[Trial], int] | None = None,
     generated_tokens: Callable[[Trial], int] | None = None,
+    labels: Callable[[Trial], int] | None = None,
 ) -> list[Load]:
     """Turn trials into loads.
 
@@ -155,6 +176,7 @@ def load_trials(
         lengths: tokens of each training example of a trial.
         eval_tokens: tokens a trial is evaluated on over its whole training; None for no evaluation.
         generated_tokens: tokens a trial generates over its whole training; None for no generation.
+        labels: labelled tokens of all training examples of a trial; None where every token is.
 
     Raises:
         ValueError: if a trial has no examples or targets a module that the model lacks.
@@ -165,7 +187,8 @@ def load_trials(
         if len(sizes) == 0:
             raise ValueError(f"trial {trial.name}: its data set {trial.dataset!r} has no training examples")
         targeted(spec, trial.adapter.target_modules)
-        total = int(sum(sizes))
+        total, squares = int(sum(sizes)), float(sum(size * size for size in sizes))
+        variance = squares / len(sizes) - (total / len(sizes)) ** 2
         batch = min(trial.batch_size, len(sizes))
         loads.append(
             Load(
@@ -177,6 +200,9 @@ def load_trials(
                 target_modules=trial.adapter.target_modules,
                 eval_tokens=eval_tokens(trial) if eval_tokens else 0,
                 generated_tokens=generated_tokens(trial) if generated_tokens else 0,
+                labels_per_step=batch * labels(trial) / len(sizes) if labels else None,
+                squares_per_step=batch * squares / len(sizes),
+                spread=(batch * max(0.0, variance)) ** 0.5,
             )
         )
     return loads

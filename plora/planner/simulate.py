@@ -67,7 +67,7 @@ def simulate(
     for name, part in stops.items():
         if name not in known or not 0 < part <= 1:
             raise ValueError(f"stops: {name!r} must be a trial and its part in (0, 1], got {part!r}")
-    free = [0.0] * plan.n_devices
+    free = [problem.load_seconds] * plan.n_devices
     runs = []
     busy = 0.0
     for job in sorted(plan.jobs, key=lambda job: (job.start, job.number)):
@@ -88,7 +88,7 @@ def _run_job(
     costs = make_costs(problem, job.degree, job.token_budget, max(trial.rank for trial in job.trials))
     index = {load.name: k for k, load in enumerate(problem.loads)}
     steps = {t.name: max(1, round(t.steps * stops.get(t.name, 1.0))) for t in job.trials}
-    now = start + costs.step.start * _factor(noise, noises)
+    now = start + costs.start * _factor(noise, noises)
     left: dict[str, int] = {}  # live trials and the steps they have left
     joined: dict[str, float] = {}
     ended: dict[str, float] = {}
@@ -113,7 +113,8 @@ def _run_job(
 
 def _tail(costs: Costs, k: int, part: float) -> float:
     """Evaluation goes with the steps taken; saving happens once."""
-    return costs.step.save + (costs.tail[k] - costs.step.save) * part
+    save = costs.step.save_seconds(costs.params[k])
+    return save + (costs.tail[k] - save) * part
 
 
 def _factor(noise: float, noises: random.Random) -> float:

@@ -33,6 +33,7 @@ def plan_on(
     max_adapters: int | None = None,
     generation: tuple[int, int] = (0, 0),
     objective: str = "makespan",
+    is_loaded: bool = False,
     time_limit: float = 15.0,
     **options: Any,
 ) -> tuple[Problem, Plan]:
@@ -52,6 +53,7 @@ def plan_on(
         max_adapters: adapters alive in a job at a time; None for what fits.
         generation: rows and length of packed generation.
         objective: ``makespan`` or ``rank_throughput``.
+        is_loaded: whether the base is on the devices already.
         time_limit: seconds after which no further search starts.
         **options: of :func:`plora.planner.make_plan`.
 
@@ -61,26 +63,12 @@ def plan_on(
     Raises:
         ValueError: if there are no devices, limits contradict, or a trial fits under none of the memory models.
     """
-    if count < 1:
-        raise ValueError(f"hardware.count must be at least 1, got {count}")
-    if gpu is not None:
-        free_bytes = gpu.free_bytes if free_bytes is None else free_bytes
-    assert free_bytes is not None, "without a data sheet, time and free_bytes are needed"
     problems, misfit = [], None
     for memory in memories:
-        allowed = tuple(sorted(degrees)) if degrees is not None else legal_degrees(memory.spec, count)
-        problem = Problem(
-            loads=tuple(loads),
-            memory=memory,
-            time=_time(time, gpu, memory, allowed),
-            free_bytes=free_bytes,
-            n_devices=count,
-            degrees=allowed,
-            token_budget=token_budget,
-            max_adapters=max_adapters,
-            generation=generation,
-            objective=objective,
-        )
+        problem = make_problem(
+            loads, memory, gpu, count, time=time, free_bytes=free_bytes, degrees=degrees, token_budget=token_budget,
+            max_adapters=max_adapters, generation=generation, objective=objective, is_loaded=is_loaded,
+        )  # fmt: skip
         try:
             check_fits(problem)
         except ValueError as error:
@@ -92,6 +80,39 @@ def plan_on(
         assert misfit is not None, "at least one memory model"
         raise misfit
     return _soonest(problems, gpu, time_limit, options)
+
+
+def make_problem(
+    loads: Sequence[Load],
+    memory: MemoryModel,
+    gpu: GPU | None,
+    count: int,
+    *,
+    time: Callable[[MemoryModel], TimeModel] | None = None,
+    free_bytes: int | None = None,
+    degrees: Sequence[int] | None = None,
+    **limits: Any,
+) -> Problem:
+    """What is to be planned with one memory model; arguments as :func:`plan_on`, ``limits`` of ``Problem``.
+
+    Raises:
+        ValueError: if there are no devices, or limits contradict.
+    """
+    if count < 1:
+        raise ValueError(f"hardware.count must be at least 1, got {count}")
+    if gpu is not None:
+        free_bytes = gpu.free_bytes if free_bytes is None else free_bytes
+    assert free_bytes is not None, "without a data sheet, time and free_bytes are needed"
+    allowed = tuple(sorted(degrees)) if degrees is not None else legal_degrees(memory.spec, count)
+    return Problem(
+        loads=tuple(loads),
+        memory=memory,
+        time=_time(time, gpu, memory, allowed),
+        free_bytes=free_bytes,
+        n_devices=count,
+        degrees=allowed,
+        **limits,
+    )
 
 
 def _time(

@@ -1,19 +1,36 @@
-"""Calibration: least squares over measured rounds for the time model, over measured peaks for the memory model."""
+"""Calibration: measured rounds correct the time model, measured peaks the memory model.
+
+Both fits start from what the data sheet says and move away from it only as far as measurements ask for. So a dozen
+rounds of one shape scale the whole model, and rounds of many shapes tell its coefficients apart.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from plora.modules.config import AdapterConfig
-from plora.profiler.memory import MemoryModel, Saved
+from plora.profiler.memory import MIB, MemoryModel, Saved
 from plora.profiler.time import StepCost
 
-# Fewer rounds than this only rescale what the data sheet says.
-MIN_SAMPLES = 5
+# What it costs a coefficient to be twice the scaled prior's, in squared relative errors of rounds: as much as being 1%
+# off on one round, and more where rounds are noisy: then they say little of single coefficients.
+PRIOR_WEIGHT = 1e-4
+NOISE_WEIGHT = 3.0
+# A coefficient that the prior takes for nothing may yet explain this part of a round.
+SHARE = 0.1
+# The same for the memory model's factor being off by one, and its constant by this many bytes.
+MEMORY_PRIOR_WEIGHT = 1e-7
+FIXED_BYTES = 100 * MIB
+
+COEFFICIENTS = (
+    "floor", "per_microbatch", "per_token", "per_token_rank", "per_adapter", "per_param", "per_step", "per_label",
+    "per_square",
+)  # fmt: skip
+_OTHERS = ("per_eval_token", "per_generated_token", "per_decode_step")
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,8 @@ class RoundSample:
         params: their parameters on the device.
         microbatches: microbatches the round was split into.
         seconds: what it took, optimizer included.
+        labels: labelled tokens; None where all are.
+        squares: squared lengths of the sequences, summed.
     """
 
     tokens: float
@@ -35,6 +54,8 @@ class RoundSample:
     params: float
     microbatches: int
     seconds: float
+    labels: float | None = None
+    squares: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.seconds > 0 or self.microbatches < 1:
@@ -42,34 +63,71 @@ class RoundSample:
 
     def predicted(self, cost: StepCost) -> float:
         """Seconds that a time model gives this round."""
-        return cost.round_seconds(self.tokens, self.token_rank, self.adapters, self.params, self.microbatches)
+        return cost.round_seconds(
+            self.tokens, self.token_rank, self.adapters, self.params, self.microbatches, self.labels, self.squares
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Equal for rounds that are much alike: adapters, microbatches, and tokens to a quarter of a doubling."""
+        return self.adapters, self.microbatches, round(4 * float(np.log2(self.tokens)))
+
+
+def typical(samples: Sequence[RoundSample]) -> list[RoundSample]:
+    """One round for all that are alike: their mean, with the median of their seconds, which no straggler moves."""
+    groups: dict[tuple[int, int, int], list[RoundSample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.shape, []).append(sample)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(group: Sequence[RoundSample]) -> RoundSample:
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(sample, name) for sample in group]))
+
+    labels = [sample.tokens if sample.labels is None else sample.labels for sample in group]
+    return replace(
+        group[0],
+        tokens=mean("tokens"),
+        token_rank=mean("token_rank"),
+        params=mean("params"),
+        seconds=float(np.median([sample.seconds for sample in group])),
+        labels=float(np.mean(labels)),
+        squares=mean("squares"),
+    )
 
 
 def fit_time(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
-    """Fit a round's coefficients, none negative, to the least sum of squared relative errors.
+    """Fit a round's coefficients, none negative.
 
-    Which rounds are at the launch floor is not known: rounds are ordered by tokens per microbatch, every cut between
-    the lower, at the floor, and the upper is tried, and the one that predicts all rounds best is kept.
+    The least sum of squared relative errors, and of squared relative distances from the prior times ``PRIOR_WEIGHT``,
+    after the prior was scaled to the samples' median. That weight is larger where rounds are noisy: what a first fit
+    leaves unexplained says how noisy they are. Which rounds are at the launch floor is not known: rounds are
+    ordered by tokens per microbatch, every cut between the lower, at the floor, and the upper is tried, and the one
+    that predicts all rounds best is kept.
 
     Args:
-        samples: measured rounds of several sizes, ranks and numbers of adapters, at least one of them so small that
-            it shows the launch floor.
-        prior: gives what rounds cannot show (start-up, evaluation, saving), and everything but a common factor where
-            there are fewer than five rounds.
+        samples: measured rounds; of several sizes, ranks and numbers of adapters to tell coefficients apart, and at
+            least one of them so small that it shows the launch floor.
+        prior: where to start; gives what rounds cannot show (start-up, saving) as it is.
 
     Raises:
         ValueError: without samples.
     """
     if not samples:
         raise ValueError("no measured rounds to calibrate the time model with: measure at least one")
-    if len(samples) < MIN_SAMPLES:
-        return rescale(samples, prior)
+    scaled = rescale(samples, prior)
+    first = _fit(samples, scaled, PRIOR_WEIGHT)
+    noise = relative_error(samples, first) ** 2 * len(samples) / max(1, len(samples) - len(COEFFICIENTS) // 2)
+    return _fit(samples, scaled, max(PRIOR_WEIGHT, NOISE_WEIGHT * noise))
+
+
+def _fit(samples: Sequence[RoundSample], scaled: StepCost, weight: float) -> StepCost:
+    best, least = scaled, _objective(samples, scaled, scaled, weight)
     ordered = sorted(samples, key=lambda sample: sample.tokens / sample.microbatches)
-    best = rescale(samples, prior)
-    least = relative_error(samples, best)
-    for cut in range(len(ordered) - 2):
-        cost = _fit_cut(ordered, cut, prior)
-        if cost is not None and (error := relative_error(samples, cost)) < least:
+    for cut in range(max(1, len(ordered) * 2 // 3)):
+        cost = _fit_cut(ordered, cut, scaled, weight)
+        if (error := _objective(samples, cost, scaled, weight)) < least:
             best, least = cost, error
     return best
 
@@ -77,8 +135,7 @@ def fit_time(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
 def rescale(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
     """The prior with every coefficient of a round times the median of measured over predicted."""
     factor = float(np.median([sample.seconds / sample.predicted(prior) for sample in samples]))
-    names = ("floor", "per_microbatch", "per_token", "per_token_rank", "per_adapter", "per_param", "per_step")
-    scaled = {name: getattr(prior, name) * factor for name in (*names, "per_eval_token", "per_generated_token")}
+    scaled = {name: getattr(prior, name) * factor for name in (*COEFFICIENTS, *_OTHERS)}
     return replace(prior, **scaled, estimated=False)
 
 
@@ -87,65 +144,113 @@ def relative_error(samples: Sequence[RoundSample], cost: StepCost) -> float:
     return float(np.sqrt(np.mean([(sample.predicted(cost) / sample.seconds - 1) ** 2 for sample in samples])))
 
 
-def _fit_cut(ordered: Sequence[RoundSample], cut: int, prior: StepCost) -> StepCost | None:
-    """The fit with the first ``cut`` rounds at the floor; None where no coefficients of a sound sign exist."""
-    rows = []
-    for i, s in enumerate(ordered):
-        floor = i < cut
-        linear = [0.0] * 4 if floor else [s.microbatches, s.tokens, s.token_rank, s.adapters]
-        rows.append([s.microbatches if floor else 0.0, *linear, s.params, 1.0])
-    matrix = np.array(rows, dtype=np.float64)
-    seconds = np.array([s.seconds for s in ordered])
-    coefficients = _non_negative(matrix / seconds[:, None], np.ones(len(ordered)))
-    if coefficients is None or coefficients[2] == 0:
-        return None
-    if cut == 0:
-        # No round was at the floor: it lies at or below the fastest microbatch.
-        fastest = min(s.seconds / s.microbatches for s in ordered)
-        coefficients[0] = min(prior.floor, fastest)
-    names = ("floor", "per_microbatch", "per_token", "per_token_rank", "per_adapter", "per_param", "per_step")
-    fitted = dict(zip(names, map(float, coefficients), strict=True))
-    return replace(prior, **fitted, per_eval_token=fitted["per_token"] / 2, estimated=False)
+def _objective(samples: Sequence[RoundSample], cost: StepCost, scaled: StepCost, weight: float) -> float:
+    away = (_values(cost) - _values(scaled)) / _units(samples, scaled)
+    return len(samples) * relative_error(samples, cost) ** 2 + weight * float(np.sum(away**2))
 
 
-def _non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray | None:
-    """Least squares with no negative coefficient, by trying the sets of columns.
+def _values(cost: StepCost) -> np.ndarray:
+    return np.array([getattr(cost, name) for name in COEFFICIENTS])
 
-    Of these the least generalised cross-validation error, ``norm / (rows - columns)``, wins: few noisy rounds do not
-    pay for many coefficients.
+
+def _units(samples: Sequence[RoundSample], scaled: StepCost) -> np.ndarray:
+    """How far each coefficient may easily be from the prior's: as much again, or so far that it explains a tenth of the
+    usual round, whichever is more.
     """
-    scale = np.abs(matrix).max(axis=0)
-    columns = [c for c in range(matrix.shape[1]) if scale[c] > 0]
-    answers = []
-    for count in range(1, min(len(columns), len(target) - 1) + 1):
-        for chosen in itertools.combinations(columns, count):
-            part = matrix[:, chosen] / scale[list(chosen)]
-            solution, _, rank, _ = np.linalg.lstsq(part, target, rcond=1e-10)
-            if rank < count or (solution < 0).any():
-                continue
-            full = np.zeros(matrix.shape[1])
-            full[list(chosen)] = solution / scale[list(chosen)]
-            answers.append((float(np.linalg.norm(part @ solution - target)), count, full))
-    if not answers:
-        return None
-    # An error of rounding size is a perfect fit.
-    return min(answers, key=lambda answer: (max(answer[0], 1e-9) / (len(target) - answer[1]), answer[1]))[2]
+    seconds = float(np.median([sample.seconds for sample in samples]))
+    usual = np.median([_features(sample) for sample in samples], axis=0)
+    return np.maximum(_values(scaled), SHARE * seconds / np.maximum(usual, 1.0))
+
+
+def _features(sample: RoundSample, floor: bool = False) -> list[float]:
+    """What each coefficient is multiplied with in a round that is at the launch floor, or in one that is not."""
+    labels = sample.tokens if sample.labels is None else sample.labels
+    work = [sample.microbatches, sample.tokens, sample.token_rank, sample.adapters]
+    more = [labels, sample.squares]
+    if floor:
+        return [sample.microbatches, 0.0, 0.0, 0.0, 0.0, sample.params, 1.0, 0.0, 0.0]
+    return [0.0, *work, sample.params, 1.0, *more]
+
+
+def _fit_cut(ordered: Sequence[RoundSample], cut: int, scaled: StepCost, weight: float) -> StepCost:
+    """The fit with the first ``cut`` rounds at the floor."""
+    rows = [[x / s.seconds for x in _features(s, floor=i < cut)] for i, s in enumerate(ordered)]
+    units = _units(ordered, scaled)
+    matrix = np.vstack((np.array(rows) * units, np.eye(len(units)) * weight**0.5))
+    target = np.concatenate((np.ones(len(ordered)), _values(scaled) / units * weight**0.5))
+    coefficients = non_negative(matrix, target) * units
+    # Rounds above the floor say only that it is no higher than the fastest of them.
+    above = ordered[cut:]
+    fastest = min((s.seconds / s.microbatches for s in above), default=float("inf"))
+    coefficients[0] = min(coefficients[0], fastest)
+    fitted: dict[str, Any] = dict(zip(COEFFICIENTS, map(float, coefficients), strict=True))
+    return replace(scaled, **fitted)
+
+
+def non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The least-squares solution with no negative entry (Lawson and Hanson, Solving Least Squares Problems, 23.3)."""
+    n = matrix.shape[1]
+    x, free = np.zeros(n), np.zeros(n, dtype=bool)
+    for _ in range(10 * n):
+        gradient = matrix.T @ (target - matrix @ x)
+        gradient[free] = -np.inf
+        if free.all() or gradient.max() <= 1e-10 * np.abs(matrix.T @ target).max():
+            break
+        free[int(gradient.argmax())] = True
+        while True:
+            trial = np.zeros(n)
+            trial[free] = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+            if (trial[free] > 0).all():
+                break
+            leaving = free & (trial <= 0)
+            step = float(np.min(x[leaving] / (x[leaving] - trial[leaving])))
+            x = x + step * (trial - x)
+            free &= x > 1e-12 * max(1.0, float(x.max()))
+            x[~free] = 0.0
+            if not free.any():
+                return x
+        x = trial
+    return x
 
 
 @dataclass(frozen=True)
 class MemorySample:
-    """A measured peak: bytes allocated while this pack trained."""
+    """A measured peak.
 
-    adapters: tuple[AdapterConfig, ...]
+    Args:
+        adapter_bytes: training state of the adapters that were alive.
+        max_rank: the largest rank among them.
+        tokens: tokens of the largest microbatch.
+        peak_bytes: bytes allocated at the peak.
+        reserved_bytes: bytes that the allocator held then; None where there is no such number.
+        degree: tensor-parallel degree.
+    """
+
+    adapter_bytes: int
+    max_rank: int
     tokens: int
     peak_bytes: int
+    reserved_bytes: int | None = None
     degree: int = 1
+
+    def __post_init__(self) -> None:
+        if self.peak_bytes < 1 or self.tokens < 1:
+            raise ValueError(f"a measured peak needs tokens and bytes, got {self}")
+
+    @classmethod
+    def of(
+        cls, model: MemoryModel, adapters: Sequence[AdapterConfig], tokens: int, peak_bytes: int, degree: int = 1
+    ) -> MemorySample:
+        """The sample of a pack of these adapters."""
+        state = sum(model.adapter_bytes(each.rank, each.target_modules, degree) for each in adapters)
+        return cls(state, max(each.rank for each in adapters), tokens, peak_bytes, degree=degree)
 
 
 def fit_memory(model: MemoryModel, samples: Sequence[MemorySample]) -> MemoryModel:
-    """The model corrected by measured peaks: least squares in ``peak = predicted rest + f * activations + fixed``.
+    """The model corrected by measured peaks: ``peak = base + adapters + logits + f * activations + fixed``.
 
-    One sample, or samples of one size, cannot tell the two apart: then only the factor is fitted.
+    Least squares of relative errors, with a slight pull of ``f`` to one and of ``fixed`` to zero: samples of one size
+    move the factor. The allocator's share becomes the largest that was seen.
 
     Raises:
         ValueError: without samples.
@@ -153,15 +258,22 @@ def fit_memory(model: MemoryModel, samples: Sequence[MemorySample]) -> MemoryMod
     if not samples:
         raise ValueError("no measured peaks to calibrate the memory model with: measure at least one pack")
     plain = replace(model, calibration=Saved())
-    grows, rest = [], []
-    for sample in samples:
-        parts = plain.parts(sample.adapters, sample.tokens, degree=sample.degree)
-        grows.append(float(parts.activations))
-        rest.append(float(sample.peak_bytes - parts.base - parts.adapters - parts.logits))
-    mean_x, mean_y = sum(grows) / len(grows), sum(rest) / len(rest)
-    spread = sum((x - mean_x) ** 2 for x in grows)
-    if spread <= (0.05 * mean_x) ** 2 * len(grows):
-        return replace(model, calibration=Saved(activations=max(0.05, mean_y / mean_x)))
-    factor = sum((x - mean_x) * (y - mean_y) for x, y in zip(grows, rest, strict=True)) / spread
-    factor = max(0.05, factor)
-    return replace(model, calibration=Saved(activations=factor, fixed=int(mean_y - factor * mean_x)))
+    rows, rest, idle = [], [], []
+    for s in samples:
+        parts = plain.parts_from_bytes(s.adapter_bytes, s.tokens, s.max_rank, degree=s.degree)
+        known = parts.base + parts.adapters + parts.logits + parts.activations
+        rows.append([parts.activations / s.peak_bytes, FIXED_BYTES / s.peak_bytes])
+        rest.append((s.peak_bytes - known) / s.peak_bytes)
+        if s.reserved_bytes is not None:
+            idle.append((s.reserved_bytes - s.peak_bytes) / (parts.activations + parts.logits))
+    matrix = np.vstack((np.array(rows), np.eye(2) * (MEMORY_PRIOR_WEIGHT * len(rows)) ** 0.5))
+    solution = np.linalg.lstsq(matrix, np.array([*rest, 0.0, 0.0]), rcond=None)[0]
+    factor = max(0.05, 1 + float(solution[0]))
+    return replace(
+        model,
+        calibration=Saved(
+            activations=factor,
+            fixed=int(solution[1] * FIXED_BYTES),
+            idle=max(0.0, *idle) if idle else None,
+        ),
+    )

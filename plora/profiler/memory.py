@@ -21,9 +21,9 @@ h of each adapted linear   e rank          the adapter's B
 =========================  ==============  =====================================================
 
 ``compiled`` layers fuse the norms: their input is kept in the compute dtype and their output made again, and so are
-the rotary rows that differ between q and k. With activation checkpointing a layer keeps its input alone (``e D``), and one layer at a time is held in full while it is
-recomputed. Where only some layers are, that one costs nothing: the last layer is not among them, and those before it
-are recomputed when others have been freed.
+the rotary rows that differ between q and k. With activation checkpointing a layer keeps its input alone (``e D``), and
+one layer at a time is held in full while it is recomputed. Where only some layers are, that one costs nothing: the last
+layer is not among them, and those before it are recomputed when others have been freed.
 """
 
 from __future__ import annotations

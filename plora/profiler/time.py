@@ -2,10 +2,15 @@
 
 For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens and rank ``r_i``:
 
-    T = max(m * floor, m * a + b * N + c * sum_i n_i r_i + e * K) + o * P + o0
+    T = max(m * floor, m * a + b * N + c * sum_i n_i r_i + h * L + q * S + e * K) + o * P + o0
 
-``P`` are the adapters' parameters on the device (the optimizer step passes over them). The coefficients come from
-measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet (:func:`estimate`).
+``L`` are the labelled tokens, the only ones that the output head and the loss are computed for; ``S`` is the sum of the
+squared lengths of the sequences, for attention; ``P`` are the adapters' parameters on the device (the optimizer step
+passes over them). The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
+(:func:`estimate`).
+
+A process loads the base and compiles its layers once (``load``, ``compile``); each job of it makes its pack and warms
+up (``start``), and each trial is evaluated and saved.
 """
 
 from __future__ import annotations
@@ -34,6 +39,14 @@ PEFT_EFFICIENCY = 0.36
 # Loading a base from a local disk, bytes/s, and compiling the layers, seconds.
 LOAD_BANDWIDTH = 1.5e9
 COMPILE_SECONDS = 45.0
+# Making a pack and the first rounds of a job in a process whose layers are compiled.
+START_SECONDS = 3.0
+# Writing adapters to a local disk, bytes/s.
+SAVE_BANDWIDTH = 1.0e9
+# Part of the rate that variable-length attention over short sequences keeps.
+ATTENTION_EFFICIENCY = 0.25
+# Eager generation: launches and Python per layer and token.
+DECODE_PER_LAYER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,16 @@ class StepCost:
         per_adapter: ``e``.
         per_param: ``o``, per adapter parameter on the device.
         per_step: ``o0``.
-        per_eval_token: forward pass alone.
-        per_generated_token: one token of one row in packed generation, averaged over a full batch of rows.
-        save: writing one adapter.
-        start: loading the base and compiling, once per job.
+        per_label: ``h``.
+        per_square: ``q``.
+        per_eval_token: forward pass alone, without the head.
+        per_generated_token: one token of one row in packed generation, beside ``per_decode_step``.
+        per_decode_step: one more token for all rows of a batch, however many they are.
+        save: writing one adapter, however small.
+        per_saved_param: writing one more parameter.
+        start: making a job's pack and its first, slower rounds.
+        load: loading the base, once per process.
+        compile: compiling its layers, once per process, in the first job.
         estimated: from a data sheet rather than measured.
     """
 
@@ -62,10 +81,16 @@ class StepCost:
     per_adapter: float
     per_param: float
     per_step: float = 0.0
+    per_label: float = 0.0
+    per_square: float = 0.0
     per_eval_token: float = 0.0
     per_generated_token: float = 0.0
+    per_decode_step: float = 0.0
     save: float = 0.0
+    per_saved_param: float = 0.0
     start: float = 0.0
+    load: float = 0.0
+    compile: float = 0.0
     estimated: bool = True
 
     def __post_init__(self) -> None:
@@ -73,7 +98,25 @@ class StepCost:
             if name != "estimated" and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"time model: {name} must be a number of seconds that is not negative, got {value!r}")
 
-    def round_seconds(self, tokens: float, token_rank: float, adapters: int, params: float, microbatches: int) -> float:
+    def extra_seconds(self, token_rank: float, labels: float, squares: float) -> float:
+        """Seconds of what tokens cost beside their number: their adapters' ranks, the head, attention."""
+        return token_rank * self.per_token_rank + labels * self.per_label + squares * self.per_square
+
+    def round_of(self, tokens: float, extra: float, adapters: int, params: float, microbatches: int) -> float:
+        """Seconds of one round, from the ``extra`` seconds of its tokens; otherwise as :meth:`round_seconds`."""
+        work = microbatches * self.per_microbatch + tokens * self.per_token + extra + adapters * self.per_adapter
+        return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
+
+    def round_seconds(
+        self,
+        tokens: float,
+        token_rank: float,
+        adapters: int,
+        params: float,
+        microbatches: int,
+        labels: float | None = None,
+        squares: float = 0.0,
+    ) -> float:
         """Seconds of one round.
 
         Args:
@@ -82,14 +125,24 @@ class StepCost:
             adapters: adapters that contribute, ``K``.
             params: their parameters on the device, ``P``.
             microbatches: ``m``.
+            labels: labelled tokens, ``L``; all of them if None.
+            squares: squared lengths of the sequences, summed, ``S``.
         """
-        work = (
-            microbatches * self.per_microbatch
-            + tokens * self.per_token
-            + token_rank * self.per_token_rank
-            + adapters * self.per_adapter
-        )
-        return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
+        extra = self.extra_seconds(token_rank, tokens if labels is None else labels, squares)
+        return self.round_of(tokens, extra, adapters, params, microbatches)
+
+    def eval_seconds(self, tokens: float, labels: float) -> float:
+        """Seconds of evaluating so many tokens, so many of them labelled: no backward pass."""
+        return tokens * self.per_eval_token + labels * self.per_label / 2
+
+    def save_seconds(self, params: float) -> float:
+        """Seconds of writing an adapter of so many parameters."""
+        return self.save + params * self.per_saved_param
+
+    def generation_seconds(self, rows: float, tokens_per_row: float, rows_at_a_time: float) -> float:
+        """Seconds of generating ``tokens_per_row`` for so many rows in batches."""
+        batches = math.ceil(rows / max(1.0, rows_at_a_time))
+        return tokens_per_row * (batches * self.per_decode_step + rows * self.per_generated_token)
 
 
 @dataclass(frozen=True)
@@ -140,15 +193,19 @@ def estimate(gpu: GPU, memory: MemoryModel, degrees: Sequence[int] = (1,)) -> Ti
 def estimate_cpu(memory: MemoryModel, threads: int) -> TimeModel:
     """The time model of a CPU, measured with a 135M model: 0.075 TFLOP/s a thread in fp32, 0.13 in bf16.
 
-    A microbatch costs about 3 ns per base parameter whatever it holds, because oneDNN lays the weights out anew.
+    A microbatch costs about 3 ns per base parameter whatever it holds, because oneDNN lays the weights out anew, and an
+    adapter about 1.3 ms a layer, in calls of its own.
     """
     rate = max(1, threads) * (0.075 if memory.dtype == "fp32" else 0.13)
     cpu = GPU("cpu", rate / EFFICIENCY, 2e10, 0, 1e9)
     cost = replace(
         _estimate_cost(cpu, memory, 1),
-        start=5.0,
+        start=0.5,
+        load=2.0 + memory.base_bytes() / 1e9,
+        compile=0.0,
         floor=2e-3 * memory.spec.num_layers,
         per_microbatch=3e-9 * memory.spec.n_params,
+        per_adapter=1.3e-3 * memory.spec.num_layers,
         per_step=2e-3,
     )
     return TimeModel(device="cpu", costs={1: cost})
@@ -170,7 +227,17 @@ def one_at_a_time(model: TimeModel, memory: MemoryModel, gpu: GPU | None) -> Tim
     for degree, cost in model.costs.items():
         slower = EFFICIENCY / PEFT_EFFICIENCY
         floor = PEFT_LAUNCH_PER_LAYER * memory.spec.num_layers if gpu is not None else cost.floor * slower
-        costs[degree] = replace(cost, floor=max(cost.floor, floor), per_token=cost.per_token * slower, estimated=True)
+        costs[degree] = replace(
+            cost,
+            floor=max(cost.floor, floor),
+            per_token=cost.per_token * slower,
+            per_label=cost.per_label * slower,
+            # Each is a process of its own, which loads the base; nothing is compiled.
+            start=memory.base_bytes(degree) / LOAD_BANDWIDTH,
+            load=0.0,
+            compile=0.0,
+            estimated=True,
+        )
     return TimeModel(device=model.device, costs=costs, source="data sheet, eager peft")
 
 
@@ -178,17 +245,19 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
     spec, e = memory.spec, DTYPE_BYTES[memory.dtype]
     linear = spec.num_layers * sum(layer.in_features * layer.out_features for layer in spec.linears)
     head = spec.vocab_size * spec.dim
-    passes = 6 if memory.activation_checkpointing else 4  # FLOPs per weight and token: forward, gradient of the input
-    flops = passes * linear + 4 * head
+    # FLOPs per weight and token: forward, gradient of the input, and the forward of layers that are recomputed.
+    passes = 4 + 2 * memory.recomputed_layers / spec.num_layers
     rate = gpu.tflops * 1e12 * EFFICIENCY * (0.75 if memory.quantize else 1.0)
-    reduces = (6 if memory.activation_checkpointing else 4) * spec.num_layers if degree > 1 else 0
+    reduces = passes * spec.num_layers if degree > 1 else 0
     bytes_sent = reduces * spec.dim * e * 2 * (degree - 1) / degree
     weights = linear * (NF4_BYTES if memory.quantize else e) + head * e
     streamed = passes / 2 * weights / degree / (gpu.bandwidth * STREAM_EFFICIENCY)
     latency = reduces * gpu.link_latency
     params_per_rank = spec.num_layers * sum(layer.in_features + layer.out_features for layer in spec.linears)
     per_param = 34 / (gpu.bandwidth * STREAM_EFFICIENCY)  # 16 bytes read and 18 written per parameter
-    per_token = flops / degree / rate + bytes_sent / gpu.link
+    per_token = passes * linear / degree / rate + bytes_sent / gpu.link
+    # Scores and weighted values, half of them masked; the backward pass computes the scores anew.
+    attention = (passes / 4) * 7 * spec.num_layers * spec.num_heads * spec.head_dim
     return StepCost(
         floor=max(streamed, LAUNCH_PER_LAYER * spec.num_layers) + latency,
         per_microbatch=latency + 5e-5 * spec.num_layers,
@@ -197,8 +266,14 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
         per_adapter=2e-6 * spec.num_layers,
         per_param=per_param,
         per_step=1e-3,
-        per_eval_token=per_token / 2,
-        per_generated_token=(streamed / 2 + 2e-4 * spec.num_layers) / 64,
-        save=1.0,
-        start=memory.base_bytes(degree) / LOAD_BANDWIDTH + COMPILE_SECONDS,
+        per_label=4 * head / degree / rate,
+        per_square=attention / degree / (gpu.tflops * 1e12 * ATTENTION_EFFICIENCY),
+        per_eval_token=per_token / passes * 2,
+        per_generated_token=2 * (linear + head) / degree / rate,
+        per_decode_step=streamed / passes * 2 + DECODE_PER_LAYER * spec.num_layers,
+        save=0.2,
+        per_saved_param=4 / SAVE_BANDWIDTH,
+        start=START_SECONDS,
+        load=memory.base_bytes(degree) / LOAD_BANDWIDTH,
+        compile=COMPILE_SECONDS,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plora.checkpoint.atomic import write_text
+from plora.report.accuracy import Accuracy
 from plora.report.info import SweepInfo
 from plora.report.leaderboard import marker, notes, snippets, verdict
 from plora.report.metrics_file import Curve
@@ -54,6 +55,7 @@ def render_report(ranked: Sequence[TrialSummary], info: SweepInfo, curves: Mappi
         _section("What the settings did", _scatters(ranked, info)),
         _section("Validation loss of all trials", _overview(ranked, curves)),
         _section("Loss of each trial", _small_multiples(ranked, curves)),
+        _section("Predicted and measured", _accuracy(info.accuracies)),
         _section("Use the best adapter", _use(ranked, info)),
     ]
     return (
@@ -261,6 +263,21 @@ def _small_multiples(ranked: Sequence[TrialSummary], curves: Mapping[str, Curve]
     legend = '<p class=legend><span class="key train">training</span><span class="key val">validation</span>'
     legend += f"all on one scale, from {low} to {high}</p>"
     return f"{legend}<div class=cards>{''.join(cards)}</div>"
+
+
+def _accuracy(accuracies: Sequence[Accuracy]) -> str:
+    """Each job's and the sweep's predictions beside what was measured; those far off stand out."""
+    rows = []
+    for accuracy in accuracies:
+        for place, figure in enumerate(accuracy.figures):
+            cells = ("" if place else accuracy.name, figure.what, *figure.shown())
+            css = ' class="bad"' if figure.is_off else ""
+            rows.append(f"<tr{css}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    if not rows:
+        return ""
+    head = "".join(f"<th>{title}</th>" for title in ("", "", "predicted", "measured", "difference"))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<div class=scroll>{table}</div>"
 
 
 def _by_part(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from plora.report.accuracy import Accuracy
 from plora.report.results import DIRECTIONS
 
 
@@ -23,7 +24,8 @@ class SweepInfo:
         tokens: tokens trained on, of all trials.
         train_seconds: time spent training them, evaluations left out.
         total_seconds: from start to end.
-        details: further lines as heading and text, such as predicted beside measured memory.
+        details: further lines as heading and text.
+        accuracies: predictions beside what was measured, by job and for the whole sweep.
     """
 
     name: str
@@ -36,6 +38,7 @@ class SweepInfo:
     train_seconds: float = 0.0
     total_seconds: float = 0.0
     details: Mapping[str, str] = field(default_factory=dict)
+    accuracies: Sequence[Accuracy] = ()
 
     def __post_init__(self) -> None:
         assert self.direction in DIRECTIONS, self.direction

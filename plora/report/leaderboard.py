@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from plora.report.accuracy import Accuracy
 from plora.report.info import SweepInfo
 from plora.report.results import DEFAULT, TrialSummary, title_of, varying_settings, winner
 from plora.report.snippets import peft_snippet, vllm_snippet
@@ -35,6 +36,8 @@ def print_leaderboard(
     console.print(_table(ranked, info, max_rows))
     for line in notes(ranked, info, max_rows):
         console.print(Text(line), style="dim", soft_wrap=True)
+    if info.accuracies:
+        console.print(_accuracy_table(info.accuracies))
     console.print()
     best = winner(ranked)
     if best is None:
@@ -138,6 +141,17 @@ def _table(ranked: Sequence[TrialSummary], info: SweepInfo, max_rows: int) -> Ta
         steps = "" if trial.is_base else str(trial.steps)
         cells = [str(places[trial.name]), marker(trial, best), title_of(trial), *values, *scores, steps, _state(trial)]
         table.add_row(*(Text(cell) for cell in cells), style=_style(trial, best))
+    return table
+
+
+def _accuracy_table(accuracies: Sequence[Accuracy]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="Predicted and measured", title_justify="left", pad_edge=False)
+    for title in ("", "", "predicted", "measured", "difference"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for accuracy in accuracies:
+        for place, figure in enumerate(accuracy.figures):
+            cells = ("" if place else accuracy.name, figure.what, *figure.shown())
+            table.add_row(*cells, style="yellow" if figure.is_off else "dim")
     return table
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,9 @@ import torch
 
 from plora.data.types import Task
 from plora.models.base import BaseModel
+from plora.modules.adapter import Layout
 from plora.modules.packed import PackedAdapters
+from plora.modules.targets import select
 from plora.search.trial import Trial
 from plora.training.budget import TokenBudget
 from plora.training.evaluation import BASE, validation_losses
@@ -29,6 +32,7 @@ from plora.training.records import (
     VAL_LOSS,
     EvalRecord,
     JobSettings,
+    JobTimes,
     Listener,
     RoundRecord,
     Scorer,
@@ -36,7 +40,7 @@ from plora.training.records import (
     StepRecord,
     TrialResult,
 )
-from plora.training.rounds import Readback, batch_gradients
+from plora.training.rounds import Readback, batch_gradients, work_of
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +88,10 @@ class PackJob:
         self.trials = tuple(trials)
         self.settings = settings or JobSettings()
         self.listener = listener or Silence()
-        self.optimizer = PackedAdamW(packed)
+        self.optimizer = PackedAdamW(packed, self.settings.optimizer_state)
         self.budget = TokenBudget(self.settings.token_budget, "training")
         self.eval_budget = TokenBudget(self.settings.eval_token_budget or self.settings.token_budget, "evaluation")
+        self.times = JobTimes()
         self._scorers = (Scorer(VAL_LOSS, self._validation_losses, self.settings.eval_every), *scorers)
         self._waiting = list(trials)
         self._live: dict[int, LiveTrial] = {}
@@ -120,9 +125,8 @@ class PackJob:
         return [self._results[trial.name] for trial in self.trials]
 
     def _admit(self) -> None:
-        limit = self.settings.max_live or len(self.trials)
-        while self._waiting and len(self._live) < limit:
-            trial = self._waiting.pop(0)
+        while (trial := self._next()) is not None:
+            self._waiting.remove(trial)
             task = self.tasks[trial.name]
             total = trial.total_steps(len(task.train))
             slot = self._claim(trial)
@@ -130,6 +134,26 @@ class PackJob:
             due = {scorer.name: evaluation_steps(total, scorer.every) for scorer in self._scorers}
             self._live[slot] = LiveTrial(trial, task, slot, due)
             self.listener.on_start(trial, total)
+
+    def _next(self) -> Trial | None:
+        """The trial that enters now, if any."""
+        if len(self._live) >= (self.settings.max_live or len(self.trials)):
+            return None
+        if self.settings.ready is None:
+            return self._waiting[0] if self._waiting else None
+        waiting = {trial.name: trial for trial in self._waiting}
+        joined = {trial.name for trial in self.trials if trial.name not in waiting}
+        for name in self.settings.ready(joined, set(self._results)):
+            if not self._live or self._has_room(waiting[name]):
+                return waiting[name]
+        return None
+
+    def _has_room(self, trial: Trial) -> bool:
+        """Whether its adapter has a place that is free: growing would take more memory than was planned with."""
+        if any(self.packed.adapters[slot].config == trial.adapter for slot in self._unclaimed):
+            return True
+        layout = Layout.of(select(self.packed.targets, trial.adapter), trial.adapter.rank)
+        return self.packed.arena.fits(layout.numel)
 
     def _claim(self, trial: Trial) -> int:
         for slot in self._unclaimed:
@@ -145,10 +169,17 @@ class PackJob:
         batches = {each.slot: each.batch() for each in live}
         rates = {each.slot: each.rates() for each in live}
         counts = {slot: sum(len(example) for example in batch) for slot, batch in batches.items()}
+        work = work_of(self.packed, batches)
         done = {each.slot: each.step for each in live}
         losses, n_microbatches = self.budget.run(
             lambda tokens: batch_gradients(
-                self.base, self.packed, batches, done, tokens, compile_loss=self._compile_loss
+                self.base,
+                self.packed,
+                batches,
+                done,
+                tokens,
+                compile_loss=self._compile_loss,
+                zero_grad=self.optimizer.zero_grad_,
             ),
             smallest=max(len(example) for batch in batches.values() for example in batch),
         )
@@ -160,7 +191,10 @@ class PackJob:
             lr, tokens = rates[each.slot][0], counts[each.slot]
             steps.append((each, StepRecord(each.step, each.total, math.nan, lr, math.nan, tokens, skipped=False)))
         self._rounds += 1
-        record = RoundRecord(self._rounds, sum(counts.values()), 0, n_microbatches, 0.0, len(live), self._tokens_left())
+        record = RoundRecord(
+            self._rounds, work["tokens"], 0, n_microbatches, 0.0, len(live), self._tokens_left(),
+            token_rank=work["token_rank"], labels=work["labels"], squares=work["squares"], params=work["params"],
+        )  # fmt: skip
         return _Round(record, steps, readback)
 
     def _tell(self, queued: _Round | None) -> None:
@@ -190,6 +224,7 @@ class PackJob:
 
     def _evaluate(self) -> None:
         """Take every score that is due, for all trials due at once."""
+        began = time.perf_counter()
         scores: dict[int, dict[str, Score]] = {}
         for scorer in self._scorers:
             due = {slot: each.task for slot, each in self._live.items() if each.is_due(scorer.name)}
@@ -200,14 +235,17 @@ class PackJob:
             record = EvalRecord(each.step, each.total, each.task.name, by_name)
             each.evals.append(record)
             self.listener.on_eval(each.trial, record)
+        self.times.evaluation += time.perf_counter() - began
 
     def _evaluate_base(self) -> None:
         """Score the base once per data set."""
+        began = time.perf_counter()
         for task in _distinct(self.tasks[trial.name] for trial in self.trials):
             if task.name in self.settings.base_known:
                 continue
             scores = {scorer.name: scorer.score({BASE: task})[BASE] for scorer in self._scorers}
             self.listener.on_eval(None, EvalRecord(0, 0, task.name, scores))
+        self.times.base += time.perf_counter() - began
 
     def _validation_losses(self, tasks: Mapping[int, Task]) -> dict[int, Score]:
         examples = {subject: task.val for subject, task in tasks.items()}
@@ -219,7 +257,9 @@ class PackJob:
         for slot, each in list(self._live.items()):
             if each.is_done:
                 result = self._results[each.trial.name] = each.result()
+                began = time.perf_counter()
                 self.listener.on_finish(each.trial, result, self.packed.adapters[slot])
+                self.times.saving += time.perf_counter() - began
                 self.optimizer.remove(slot)
                 self.packed.remove(slot)
                 del self._live[slot]

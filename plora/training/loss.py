@@ -36,6 +36,12 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None and has_compiler
 
 
+def forget_compiled(device: torch.device) -> None:
+    """Drop what was compiled for a pack that is gone: torch stops compiling a function after eight of such."""
+    if can_compile(device):
+        torch._dynamo.reset()
+
+
 def cross_entropy_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Loss of each row in fp32: ``logsumexp(logits) - logits[label]``. ``[C, V], [C] -> [C]``."""
     wide = logits.float()

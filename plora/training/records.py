@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -43,7 +43,10 @@ class JobSettings:
         evaluate_base: whether the base model is evaluated once per data set before training.
         base_known: names of data sets on which it has been evaluated already, by an earlier job.
         max_live: trials trained at the same time; the next one enters as one leaves. None for all.
+        ready: from the names of the trials that have entered and of those that have left to those that may enter now,
+            as a plan says; None lets the next in order enter. One for whose adapter the arena has no room waits on.
         patience: steps in a row with a non-finite loss or gradient after which a trial has diverged.
+        optimizer_state: ``exact`` or ``8bit`` moments, see `PackedAdamW`.
         compile_loss: fuse the loss with ``torch.compile``; None for where that works and pays.
     """
 
@@ -53,7 +56,9 @@ class JobSettings:
     evaluate_base: bool = True
     base_known: frozenset[str] = frozenset()
     max_live: int | None = None
+    ready: Callable[[Collection[str], Collection[str]], Sequence[str]] | None = None
     patience: int = 3
+    optimizer_state: str = "exact"
     compile_loss: bool | None = None
 
 
@@ -92,6 +97,10 @@ class RoundRecord:
         seconds: time from the end of the round before, evaluations left out.
         live: trials that took part.
         tokens_left: estimate of the tokens still to be trained on in this job, waiting trials included.
+        token_rank: tokens times rank, summed over the trials.
+        labels: labelled tokens.
+        squares: squared lengths of the sequences, summed.
+        params: parameters of the trials' adapters.
     """
 
     index: int
@@ -101,6 +110,25 @@ class RoundRecord:
     seconds: float
     live: int
     tokens_left: int
+    token_rank: int = 0
+    labels: int = 0
+    squares: int = 0
+    params: int = 0
+
+
+@dataclass
+class JobTimes:
+    """What a job spent beside its rounds, in seconds.
+
+    Args:
+        base: evaluating the base model.
+        evaluation: evaluating trials.
+        saving: what listeners did when trials ended.
+    """
+
+    base: float = 0.0
+    evaluation: float = 0.0
+    saving: float = 0.0
 
 
 @dataclass(frozen=True)

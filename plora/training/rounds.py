@@ -6,7 +6,7 @@ Nothing here waits for the device; `Readback.wait` does, and is called one round
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -26,6 +26,7 @@ def batch_gradients(
     token_budget: int,
     *,
     compile_loss: bool = False,
+    zero_grad: Callable[[], None] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Put the gradients of one whole batch per slot into the arena, in place of what was there.
 
@@ -36,17 +37,38 @@ def batch_gradients(
         steps: the step of each slot, which keys its dropout.
         token_budget: most tokens of a microbatch.
         compile_loss: see `backward_cross_entropy`.
+        zero_grad: zeroes the gradients first. Default: the pack's; `PackedAdamW.zero_grad_` knows when they are zero.
 
     Returns:
         Each slot's mean loss over the label tokens of its batch, fp32 ``[K]``, and the number of microbatches.
     """
-    packed.zero_grad_()
+    (zero_grad or packed.zero_grad_)()
     n_labels = {slot: sum(example.n_labels for example in batch) for slot, batch in batches.items()}
     losses = torch.zeros(packed.capacity, device=base.device)
     microbatches = pack(batches, token_budget)
     for microbatch in microbatches:
         losses += forward_backward(base, packed, microbatch, n_labels, steps, compile_loss=compile_loss)
     return losses, len(microbatches)
+
+
+def work_of(packed: PackedAdapters, batches: Mapping[int, Sequence[Example]]) -> dict[str, int]:
+    """What a round of these batches consists of, as the cost model counts it.
+
+    Returns:
+        ``tokens``, ``token_rank`` (tokens times rank), ``labels``, ``squares`` (of the sequences' lengths), and of the
+        slots that take part ``adapters`` and their ``params``.
+    """
+    work = dict.fromkeys(("tokens", "token_rank", "labels", "squares", "adapters", "params"), 0)
+    adapters = packed.adapters
+    for slot, batch in batches.items():
+        lengths = [len(example) for example in batch]
+        work["tokens"] += sum(lengths)
+        work["token_rank"] += sum(lengths) * adapters[slot].config.rank
+        work["labels"] += sum(example.n_labels for example in batch)
+        work["squares"] += sum(length * length for length in lengths)
+        work["adapters"] += 1
+        work["params"] += adapters[slot].layout.numel
+    return work
 
 
 def forward_backward(

@@ -83,6 +83,16 @@ def test_sequences_longer_than_the_models_positions(raw: dict[str, Any]) -> None
     assert "lower it to 2048" in error
 
 
+def test_more_layers_recomputed_than_there_are(raw: dict[str, Any]) -> None:
+    raw["model"] = {**raw["model"], "activation_checkpointing": 3}
+    config = load(raw)
+    (error,) = check_run(config, config.trials, SPEC)[0]
+    assert "model.activation_checkpointing = 3: tiny has 2 layers" in error
+    config = load(raw, {"model.activation_checkpointing": 2})
+    assert config.model.activation_checkpointing == 2
+    assert check_run(config, config.trials, SPEC) == ([], [])
+
+
 def test_every_data_option_that_is_searched_is_checked(raw: dict[str, Any]) -> None:
     raw["search"] = {"trials": [{"dataset.max_examples": 5}, {"dataset.max_examples": 0}, {"dataset.split": "dev"}]}
     config = load(raw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,3 +79,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
         return cli.main(["run", "--config", str(file), *arguments])
 
     return run_command
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _profiles_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Sweeps neither read nor write the profiles of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("profiles")
+        patch.setattr("plora.engine.costs.profile_folder", lambda: folder)
+        yield

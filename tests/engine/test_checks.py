@@ -11,7 +11,7 @@ import torch
 
 from plora.checkpoint.layout import SweepLayout
 from plora.config import load
-from plora.engine import planning
+from plora.engine import costs
 from tests.engine import tiny
 from tests.engine.conftest import Finished
 
@@ -143,7 +143,7 @@ def test_mistakes_that_only_this_machine_shows_come_in_one_list(
 def test_a_trial_that_does_not_fit_is_refused_with_the_numbers(
     settings: Settings, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "host_free_bytes", lambda: 2**20)
+    monkeypatch.setattr(costs, "host_free_bytes", lambda: 2**20)
     said = refused(settings())
     assert "MiB" in said
     assert "t001" in said

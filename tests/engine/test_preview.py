@@ -20,7 +20,7 @@ def test_plan_for_this_machine_leaves_the_directory_free(
     assert "on 1 x cpu" in shown
     assert "4 trials in 1 job" in shown
     assert "Against the best one-at-a-time training" in shown
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.txt", "plan.html"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.txt", "plan.html", "plan.json"}
     assert command(tree, "trial.max_steps=1") == 0  # the sweep itself can still run there
 
 

@@ -19,6 +19,7 @@ from plora.config import load
 from plora.data.tokenizer import load as load_tokenizer
 from plora.data.types import Task
 from plora.engine.tasks import load_tasks
+from plora.planner import Plan
 from plora.search.study import open_study
 from tests.engine import oracle, tiny
 from tests.engine.conftest import Finished, run
@@ -107,14 +108,23 @@ def test_config_is_written_so_that_the_sweep_can_be_run_again(by_loss: Finished,
 
 
 def test_plan_names_every_trial_once_with_its_memory(by_loss: Finished) -> None:
-    plan = json.loads(by_loss.layout.plan.read_text())
-    assert sorted(name for pack in plan["packs"] for name in pack["trials"]) == sorted(STEPS)
-    assert all(0 < pack["total_bytes"] < plan["free_bytes"] and pack["tokens"] >= 64 for pack in plan["packs"])
+    plan = Plan.load(by_loss.layout.plan)
+    assert sorted(trial.name for job in plan.jobs for trial in job.trials) == sorted(STEPS)
+    assert {trial.name: trial.steps for job in plan.jobs for trial in job.trials} == STEPS
+    assert all(0 < job.allocated_bytes <= job.memory_bytes < plan.free_bytes for job in plan.jobs)
 
 
 def test_report_shows_trials_bases_and_predicted_beside_measured_time(by_loss: Finished) -> None:
     page = by_loss.layout.report.read_text()
-    for text in (*STEPS, "base model on questions", "base model on orders", "predicted", "took", "PeftModel"):
+    for text in (
+        *STEPS,
+        "base model on questions",
+        "base model on orders",
+        "predicted",
+        "measured",
+        "job 0",
+        "PeftModel",
+    ):
         assert text in page, text
 
 
@@ -156,8 +166,8 @@ def test_packs_change_no_result_and_the_base_is_evaluated_once_per_data_set(
     by_loss: Finished, settings: Settings, data: Path
 ) -> None:
     halves = run(settings(**tiny.two_datasets(data), packing={"max_adapters": 2}))
-    packs = json.loads(halves.layout.plan.read_text())["packs"]
-    assert [len(pack["trials"]) for pack in packs] == [2, 2]
+    (job,) = Plan.load(halves.layout.plan).jobs
+    assert max(len([t for t in job.trials if t.start_round <= r < t.end_round]) for r in range(job.rounds)) == 2
     assert list(halves.rows) == list(by_loss.rows)
     for name, row in by_loss.rows.items():
         assert halves.rows[name]["val_loss"] == pytest.approx(row["val_loss"], rel=1e-5), name

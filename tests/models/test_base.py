@@ -12,9 +12,18 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from plora.models import BaseModel, KVCache, ModelError, PackedSequences, from_config, from_pretrained
+from plora.models.presets import preset_config
 from tests.models import tiny
 
 RAGGED = [5, 17, 1, 130, 5]
+_SMALL = {
+    "num_hidden_layers": 6,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
 FAMILIES = list(tiny.CONFIGS)
 
 
@@ -99,6 +108,36 @@ def test_checkpointing_recomputes_layers(family: str, folders: dict[str, Path]) 
         runs.clear()
         _hidden(base, [3, 4]).sum().backward()
         assert len(runs) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "recomputed"), [(0, []), (1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4])]
+)
+def test_checkpointing_of_some_layers(count: int, recomputed: list[int]) -> None:
+    """Spread evenly, the last one not among them, and the gradient stays."""
+    base = from_config({**preset_config("Qwen/Qwen2.5-0.5B"), **_SMALL})
+    runs: list[int] = []
+    for index, layer in enumerate(base.layers):
+        norm = next(m for p, m in layer.named_modules() if p in ("sa_norm", "input_layernorm"))
+        norm.register_forward_hook(lambda *_, index=index: runs.append(index))
+    weight = base.embedding.weight.requires_grad_()
+    gradients = []
+    for setting in (True, count):
+        base.set_activation_checkpointing(setting)
+        runs.clear()
+        gradients.append(torch.autograd.grad(_hidden(base, [3, 4]).square().sum(), weight)[0])
+    assert sorted(index for index in range(6) if runs.count(index) == 2) == recomputed
+    assert torch.equal(*gradients)
+    assert base.activation_checkpointing == (count or False)
+
+
+def test_checkpointing_of_more_layers_than_there_are() -> None:
+    base = from_config({**preset_config("Qwen/Qwen2.5-0.5B"), **_SMALL})
+    base.set_activation_checkpointing(6)
+    assert base.activation_checkpointing is True
+    for count in (7, -1):
+        with pytest.raises(ValueError, match=f"from 0 to the 6 layers, got {count}"):
+            base.set_activation_checkpointing(count)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

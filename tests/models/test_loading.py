@@ -264,6 +264,6 @@ def test_unknown_precision(options: dict[str, Any], message: str, folders: dict[
         from_pretrained(folders["llama"], **options)
 
 
-@pytest.mark.parametrize(("setting", "active"), [(True, True), (False, False), ("auto", False)])
+@pytest.mark.parametrize(("setting", "active"), [(True, True), (False, False), (1, 1), ("auto", False)])
 def test_activation_checkpointing_setting(setting: Any, active: bool, folders: dict[str, Path]) -> None:
     assert from_pretrained(folders["llama"], activation_checkpointing=setting).activation_checkpointing is active

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,3 +60,14 @@ def test_a_load_that_no_common_budget_takes_gets_its_own_table():
     assert any(costs.eligible[0] for costs in tables)
     assert any(costs.eligible[1] for costs in tables)
     assert not any(all(costs.eligible) for costs in tables)
+
+
+def test_the_largest_microbatch_allows_for_batches_that_vary():
+    loads = [replace(load(name, batch=4, tokens=100), spread=30.0) for name in "ab"]
+    costs = make_costs(problem(loads), 1, 2048)
+    # 400 tokens each, and three standard deviations of their sum: 42.4.
+    assert costs.largest_microbatch([0], [0]) == 490
+    assert costs.largest_microbatch([0, 1], [0, 0]) == 928
+    assert costs.largest_microbatch([0, 1], [0, costs.steps[0]]) == 490
+    # Where rounds are cut, microbatches are full.
+    assert make_costs(problem(loads), 1, 700).largest_microbatch([0, 1], [0, 0]) == 700

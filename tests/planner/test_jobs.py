@@ -22,7 +22,7 @@ def test_every_member_runs_once_within_memory_and_the_seconds_are_right(given_pr
             assert sorted(draft.members) == members
             for segment in costs.segments(draft.members, draft.starts):
                 assert costs.fits(segment.live)
-            assert draft.seconds == pytest.approx(costs.step.start + costs.seconds(draft.members, draft.starts))
+            assert draft.seconds == pytest.approx(costs.start + costs.seconds(draft.members, draft.starts))
 
 
 def test_long_trials_at_the_floor_share_their_rounds_with_short_ones():
@@ -30,7 +30,7 @@ def test_long_trials_at_the_floor_share_their_rounds_with_short_ones():
     long = [load(f"l{i}", 8, batch=1, tokens=32, examples=2000) for i in range(2)]
     short = [load(f"s{i}", 8, batch=4, tokens=100, examples=1000) for i in range(8)]
     costs = make_costs(problem([*long, *short], gpu="h100"), 1, 2048)
-    everyone_at_once = costs.step.start + costs.seconds(range(10))
+    everyone_at_once = costs.start + costs.seconds(range(10))
     draft = order_rounds(costs, range(10))
     assert draft.seconds < 0.93 * everyone_at_once
     assert {draft.members[0], draft.members[1]} == {0, 1}

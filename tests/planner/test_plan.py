@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plora.planner import Plan, check_plan, make_plan
-from plora.planner.plan import replay
-from tests.planner.instances import GIB, grid, load, problem, problems
+from plora.planner.plan import PLAN_VERSION, replay, retimed
+from tests.planner.instances import GIB, assert_sound, grid, load, problem, problems
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_a_plan_survives_its_file_and_the_check(tmp_path_factory, given_problem)
 def test_the_file_says_its_version_first(plan):
     data = json.loads(plan.to_json())
     assert next(iter(data)) == "version"
-    assert data["version"] == 1
+    assert data["version"] == PLAN_VERSION
     assert {"name", "rank", "start_round", "steps", "tokens_per_step"} == set(data["jobs"][0]["trials"][0])
 
 
@@ -47,9 +48,10 @@ def test_the_file_says_its_version_first(plan):
         ("{", "not a plan"),
         ("[]", "it has no version"),
         ('{"version": 99}', "another version"),
-        ('{"version": 1, "jobs": []}', "not a plan: .*missing"),
-        ('{"version": 1}', "not a plan: 'jobs'"),
-        ('{"version": 1, "jobs": [{"trials": [{"nome": 1}]}]}', "not a plan"),
+        ('{"version": 2, "jobs": []}', "not a plan: it has no jobs"),
+        ('{"version": 2}', "not a plan: 'jobs'"),
+        ('{"version": 2, "jobs": 3}', "not a plan"),
+        ('{"version": 2, "jobs": [{"trials": [{"nome": 1}]}]}', "not a plan"),
     ],
 )
 def test_a_file_that_is_no_plan_is_named(tmp_path, text, message):
@@ -87,7 +89,7 @@ def test_every_mismatch_is_in_one_list(plan, given_problem):
     ("change", "message"),
     [
         ({"devices": (7,)}, r"on devices \[7\], there are 0 to 1"),
-        ({"devices": (0, 0)}, r"on devices \[0, 0\]"),
+        ({"devices": (0, 0)}, r"on devices \[0, 0\]: they must be neighbours"),
         ({"devices": (0, 1, 2)}, "tensor-parallel degree 3, allowed are 1, 2"),
         ({"trials": ()}, "has no trials"),
         ({"token_budget": 1 << 17}, r"job 0 needs .* on each device, 23.0 GiB are free"),
@@ -115,3 +117,59 @@ def test_missing_and_changed_trials_and_less_memory_are_found(plan, given_proble
         check_plan(plan, replace(given_problem, free_bytes=20 * GIB))
     with pytest.raises(ValueError, match="adapters alive at a time, max_adapters is 1"):
         check_plan(plan, replace(given_problem, max_adapters=1))
+
+
+@settings(max_examples=10, deadline=None)
+@given(problems(6))
+def test_a_plan_fed_back_keeps_its_jobs_and_gets_the_times_of_today(given_problem):
+    plan = make_plan(given_problem, time_limit=0.3)
+    again = retimed(given_problem, plan)
+    assert again.method == "given"
+    assert again.makespan == pytest.approx(plan.makespan)
+    assert [(job.devices, job.trials) for job in again.jobs] == [(job.devices, job.trials) for job in plan.jobs]
+    assert [job.memory_bytes for job in again.jobs] == [job.memory_bytes for job in plan.jobs]
+    costs = {d: replace(c, per_token=3 * c.per_token, floor=3 * c.floor) for d, c in given_problem.time.costs.items()}
+    slower = replace(given_problem, time=replace(given_problem.time, costs=costs))
+    late = retimed(slower, plan)
+    assert late.makespan > again.makespan
+    assert late.makespan >= late.lower_bound * (1 - 1e-9)
+
+
+def _places(tree, path=()):
+    """Every place in a JSON tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from _places(value, (*path, key))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_plan_edited_by_hand_is_sound_or_refused_with_a_message(plan, given_problem, data):
+    tree = json.loads(plan.to_json())
+    *path, last = data.draw(st.sampled_from([place for place in _places(tree) if place[0] != "version"]))
+    node = tree
+    for key in path:
+        node = node[key]
+    if isinstance(node, dict) and data.draw(st.booleans()):
+        del node[last]
+    else:
+        node[last] = data.draw(st.sampled_from([None, -1, 0, 7, 10**9, 1.5, "x", [], {}, [0, 0], True]))
+    try:
+        edited = Plan.from_json(json.dumps(tree))
+        check_plan(edited, given_problem)
+    except ValueError:
+        return
+    assert_sound(retimed(given_problem, edited), given_problem)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(8), st.randoms(use_true_random=False))
+def test_every_trial_gets_its_turn_in_whatever_order_trials_end(given_problem, order):
+    for job in make_plan(given_problem, time_limit=0.3).jobs:
+        joined: set[str] = set()
+        ended: set[str] = set()
+        while len(ended) < len(job.trials):
+            joined |= set(job.ready(joined, ended))
+            assert joined - ended, "someone trains"
+            ended.add(order.choice(sorted(joined - ended)))

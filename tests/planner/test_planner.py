@@ -92,7 +92,7 @@ def _best_rounds(costs: Costs, members: tuple[int, ...]) -> Draft | None:
                         grown.append(candidate)
             partial = grown
         for starts in partial:
-            seconds = costs.step.start + costs.seconds(order, starts)
+            seconds = costs.start + costs.seconds(order, starts)
             if best is None or seconds < best.seconds:
                 best = Draft(costs, order, tuple(starts), seconds)
     return best

@@ -55,7 +55,7 @@ def test_durations_read_well(seconds, text):
 
 
 def test_baselines_do_what_they_say():
-    loads = [load(f"t{i}", 16, 8) for i in range(5)]
+    loads = [load(f"t{i}", 16, 8, examples=8000) for i in range(5)]
     given_problem = problem(loads, gpu="h100", count=4)
     peft = one_at_a_time(given_problem.time, given_problem.memory, GPUS["h100"])
     ends = baselines(given_problem, peft)
@@ -64,7 +64,7 @@ def test_baselines_do_what_they_say():
         cost = time_model.cost(degree)
         params = given_problem.memory.adapter_params(16, degree=degree)
         tokens = loads[0].tokens_per_step
-        return cost.start + 125 * cost.round_seconds(tokens, 16 * tokens, 1, params, 1) + cost.save
+        return cost.start + 1000 * cost.round_seconds(tokens, 16 * tokens, 1, params, 1) + cost.save_seconds(params)
 
     # Five jobs on four devices: two rounds of one device each; or one after another on all four.
     assert ends["min_gpu"] == pytest.approx(2 * alone(peft, 1), rel=0.01)

@@ -28,10 +28,10 @@ def test_early_stops_refill_within_the_predicted_memory(given_problem, parts, se
     run = simulate(plan, given_problem, stops=stops, noise=0.2, seed=seed)
     for job, ran in zip(plan.jobs, run.jobs, strict=True):
         planned_peak = (
-            job.allocated_bytes
+            job.memory_bytes
             - given_problem.memory.parts_from_bytes(
                 0, job.token_budget, max(trial.rank for trial in job.trials), degree=job.degree
-            ).allocated
+            ).total
         )
         assert ran.peak_bytes <= planned_peak
         live = [

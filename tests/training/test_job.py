@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from plora.data.types import Task
 from plora.models.base import BaseModel
 from plora.modules.config import AdapterConfig
+from plora.planner import PlannedJob, PlannedTrial
 from plora.search.trial import Trial
 from plora.training.budget import TokenBudget
 from plora.training.evaluation import validation_losses
@@ -189,6 +190,50 @@ def test_waiting_trials_take_the_place_of_those_that_end(base: BaseModel) -> Non
     assert recorder.rounds[-1].tokens_left == 0
     left = [record.tokens_left for record in recorder.rounds]
     assert left == sorted(left, reverse=True)
+
+
+def test_a_plan_says_who_joins_when(base: BaseModel) -> None:
+    trials, tasks = toy.mixed_trials(steps=6)
+    a, b, c, d = trials
+    steps = {trial.name: trial.max_steps for trial in trials}
+    # b joins when d has left, c when a and b have.
+    starts = {"a": 0, "d": 0, "b": steps["d"], "c": steps["d"] + steps["b"]}
+    planned = [PlannedTrial(t.name, t.adapter.rank, starts[t.name], steps[t.name], 1.0) for t in (a, d, b, c)]
+    job = PlannedJob(0, (0,), 128, tuple(planned), 0.0, 1.0, 0.1, 1, 1)
+    packed = toy.pack(base, [a.adapter, d.adapter, b.adapter])
+    packed.remove(2)  # room for b, so that nothing has to grow
+    size = packed.arena.numel
+    recorder = toy.Recorder()
+    settings = JobSettings(token_budget=128, eval_every=None, evaluate_base=False, ready=job.ready)
+    PackJob(base, packed, [a, d, b, c], tasks, settings, recorder).run()
+    assert packed.arena.numel == size
+    packed.unpack(base.module)
+    events = [event for event in recorder.order if event[0] in ("start", "finish")]
+    assert events == [
+        ("start", "a"), ("start", "d"), ("finish", "d"), ("start", "b"), ("finish", "a"), ("finish", "b"),
+        ("start", "c"), ("finish", "c"),
+    ]  # fmt: skip
+    for trial in trials:
+        alone, _ = toy.train(base, [trial], tasks)
+        torch.testing.assert_close(recorder.losses(trial.name), alone.losses(trial.name), rtol=1e-5, atol=0)
+
+
+def test_who_may_join_waits_while_the_arena_has_no_room(base: BaseModel) -> None:
+    trials, tasks = toy.mixed_trials(steps=4)
+    a, b, c, d = trials
+    packed = toy.pack(base, [a.adapter, d.adapter])
+    size = packed.arena.numel
+    recorder = toy.Recorder()
+
+    def all_at_once(joined: Collection[str], ended: Collection[str]) -> list[str]:
+        return [trial.name for trial in trials if trial.name not in joined]
+
+    settings = JobSettings(token_budget=128, eval_every=None, ready=all_at_once)
+    PackJob(base, packed, trials, tasks, settings, recorder).run()
+    assert packed.arena.numel == size
+    packed.unpack(base.module)
+    assert sorted(recorder.results) == ["a", "b", "c", "d"]
+    assert recorder.rounds[0].live == 2
 
 
 def test_counters_count_real_tokens(base: BaseModel) -> None:

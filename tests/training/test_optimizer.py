@@ -1,12 +1,19 @@
-"""PackedAdamW against torch.optim.AdamW and clip_grad_norm_."""
+"""PackedAdamW against torch.optim.AdamW and clip_grad_norm_, and in 8 bits against torchao's."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchao.optim.adam import single_param_adam
+from torchao.optim.subclass_8bit import OptimState8bit
 
+from plora.kernels import adamw
+from plora.models.base import BaseModel
 from plora.modules.config import AdapterConfig
 from plora.modules.packed import PackedAdapters, pack_adapters
-from plora.training.optimizer import AdamWConfig, PackedAdamW, _norm
+from plora.training import moments
+from plora.training.optimizer import OPTIMIZER_STATES, AdamWConfig, PackedAdamW, _norm
+from tests.training import toy
 
 
 class Model(nn.Module):
@@ -37,8 +44,8 @@ def packed() -> PackedAdapters:
     return pack_adapters(Model(), CONFIGS)
 
 
-def _optimizer(packed: PackedAdapters) -> PackedAdamW:
-    optimizer = PackedAdamW(packed)
+def _optimizer(packed: PackedAdapters, state: str = "exact") -> PackedAdamW:
+    optimizer = PackedAdamW(packed, state)
     for slot, hyper in enumerate(HYPER):
         optimizer.add(slot, hyper)
     return optimizer
@@ -91,11 +98,14 @@ def test_fifty_steps_equal_torch_adamw_and_clip(packed: PackedAdapters) -> None:
                 assert error < 2e-6, (slot, which)
 
 
+@pytest.mark.parametrize("state", OPTIMIZER_STATES)
 @pytest.mark.parametrize("where", ["loss", "gradient", "infinite gradient"])
-def test_skip_leaves_weights_moments_and_count_bit_for_bit_and_others_go_on(packed: PackedAdapters, where: str) -> None:
+def test_skip_leaves_weights_moments_and_count_bit_for_bit_and_others_go_on(
+    packed: PackedAdapters, where: str, state: str
+) -> None:
     def run(poison: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         pack = pack_adapters(Model(), CONFIGS)
-        optimizer = _optimizer(pack)
+        optimizer = _optimizer(pack, state)
         losses = torch.zeros(pack.capacity)
         for step in range(3):
             for slot in range(3):
@@ -112,6 +122,7 @@ def test_skip_leaves_weights_moments_and_count_bit_for_bit_and_others_go_on(pack
             assert torch.equal(pack.arena.weight[pack.adapters[0].range], before[0])
             assert all(torch.equal(now, before[1][name]) for name, now in optimizer.state(0).items())
             assert optimizer.state(1)["step"] == 3
+        assert not pack.arena.grad.any()
         return pack.arena.weight.clone(), optimizer.state(1), optimizer.state(2)
 
     torch.manual_seed(0)
@@ -160,7 +171,8 @@ def test_padding_stays_zero(packed: PackedAdapters) -> None:
         assert not packed.arena.attach(name)[padding].any()
 
 
-def test_state_can_be_parked_and_resumed_in_another_slot(packed: PackedAdapters) -> None:
+@pytest.mark.parametrize("state_kind", OPTIMIZER_STATES)
+def test_state_can_be_parked_and_resumed_in_another_slot(packed: PackedAdapters, state_kind: str) -> None:
     def steps(pack: PackedAdapters, optimizer: PackedAdamW, slot: int, which: range) -> None:
         for step in which:
             generator = torch.Generator().manual_seed(step)
@@ -169,12 +181,12 @@ def test_state_can_be_parked_and_resumed_in_another_slot(packed: PackedAdapters)
                     factor.copy_(torch.randn(factor.shape, generator=generator))
             optimizer.step({slot: (1e-2, 2e-2)}, torch.zeros(pack.capacity))
 
-    optimizer = _optimizer(packed)
+    optimizer = _optimizer(packed, state_kind)
     steps(packed, optimizer, 0, range(6))
     straight = packed.arena.weight[packed.adapters[0].range].clone()
 
     other = pack_adapters(Model(), [CONFIGS[1]])
-    optimizer = PackedAdamW(other)
+    optimizer = PackedAdamW(other, state_kind)
     slot = other.add(CONFIGS[0])
     optimizer.add(slot, HYPER[0])
     steps(other, optimizer, slot, range(3))
@@ -189,11 +201,14 @@ def test_state_can_be_parked_and_resumed_in_another_slot(packed: PackedAdapters)
     steps(other, optimizer, slot, range(3, 6))
     assert torch.equal(other.arena.weight[other.adapters[slot].range], straight)
     with pytest.raises(ValueError, match="another rank"):
-        _optimizer(packed).load_state(1, state)
+        _optimizer(packed, state_kind).load_state(1, state)
+    with pytest.raises(ValueError, match="another optimizer_state"):
+        _optimizer(packed, {"exact": "8bit", "8bit": "exact"}[state_kind]).load_state(0, state)
 
 
-def test_reused_slot_starts_fresh(packed: PackedAdapters) -> None:
-    optimizer = _optimizer(packed)
+@pytest.mark.parametrize("state", OPTIMIZER_STATES)
+def test_reused_slot_starts_fresh(packed: PackedAdapters, state: str) -> None:
+    optimizer = _optimizer(packed, state)
     _fill_gradients(packed, 0, 0)
     optimizer.step({0: (1e-2, 1e-2)}, torch.zeros(packed.capacity))
     optimizer.remove(0)
@@ -214,3 +229,174 @@ def test_norm_of_many_elements_is_exact() -> None:
     assert _norm(flat).item() == pytest.approx(flat.double().norm().item(), rel=1e-6)
     assert _norm(flat[:5]).item() == pytest.approx(flat[:5].double().norm().item(), rel=1e-6)
     assert _norm(flat[:0]) == 0
+
+
+@pytest.mark.parametrize("state", OPTIMIZER_STATES)
+def test_a_step_leaves_its_gradients_zero_and_the_others_as_they_are(packed: PackedAdapters, state: str) -> None:
+    optimizer = _optimizer(packed, state)
+    for slot in range(3):
+        _fill_gradients(packed, slot, 0)
+    before = packed.arena.grad.clone()
+    losses = torch.zeros(packed.capacity)
+    losses[2] = float("inf")
+    optimizer.step({0: (1e-2, 1e-2), 2: (1e-2, 1e-2)}, losses)
+    assert not packed.arena.grad[packed.adapters[0].range].any()
+    assert not packed.arena.grad[packed.adapters[2].range].any()
+    span = packed.adapters[1].range
+    assert torch.equal(packed.arena.grad[span], before[span])
+
+
+def test_gradients_are_zeroed_only_where_the_step_did_not(
+    packed: PackedAdapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = _optimizer(packed)
+    zeroed = []
+    original = packed.zero_grad_
+    monkeypatch.setattr(packed, "zero_grad_", lambda: (zeroed.append(1), original())[1])
+
+    def begins_at_zero(times: int) -> None:
+        optimizer.zero_grad_()
+        assert not packed.arena.grad.any()
+        assert len(zeroed) == times
+        for slot in packed.slots:
+            _fill_gradients(packed, slot, 0)
+
+    losses, everyone = torch.zeros(packed.capacity), {slot: (1e-2, 1e-2) for slot in range(3)}
+    begins_at_zero(1)
+    optimizer.step(everyone, losses)
+    begins_at_zero(1)
+    begins_at_zero(2)  # a round that was given up and begins anew
+    optimizer.step({0: (1e-2, 1e-2)}, losses)
+    begins_at_zero(3)  # a step of some
+    optimizer.step({}, losses)
+    begins_at_zero(4)
+    optimizer.step(everyone, losses)
+    optimizer.remove(1)
+    packed.remove(1)
+    packed.add(AdapterConfig(rank=8))
+    begins_at_zero(4)
+
+
+def test_a_job_zeroes_gradients_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeroed = []
+    monkeypatch.setattr(PackedAdapters, "zero_grad_", lambda packed: (zeroed.append(1), packed.arena.grad.zero_())[1])
+    trials, tasks = toy.mixed_trials(steps=4)
+    toy.train(base, trials, tasks)
+    assert len(zeroed) == 1
+
+
+class Wide(nn.Module):
+    """One layer whose factors are whole blocks of 256 elements, as torchao demands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(512, 768)
+
+
+def test_8bit_steps_equal_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "_CHUNK", 1024)  # several to a factor
+    torch.manual_seed(0)
+    pack = pack_adapters(Wide(), [AdapterConfig(rank=1), AdapterConfig(rank=8)])
+    hyper = AdamWConfig(betas=(0.8, 0.99), eps=1e-7, weight_decay=0.1)
+    optimizer = PackedAdamW(pack, "8bit")
+    for slot in pack.slots:
+        optimizer.add(slot, hyper)
+    adapter = pack.adapters[1]
+    spans, rates = (adapter.a_range, adapter.b_range), (1e-2, 3e-2)
+    theirs = [pack.arena.weight[span].clone() for span in spans]
+    states = [[OptimState8bit.zeros(len(w), signed=signed) for signed in (True, False)] for w in theirs]
+    for step in range(1, 6):
+        for span in spans:
+            # Of very different sizes, so that every decade of the codes is met.
+            sizes = 10 ** torch.linspace(-6, 0, span.stop - span.start)[torch.randperm(span.stop - span.start)]
+            pack.arena.grad[span] = torch.randn(len(sizes)) * sizes
+        for weight, (exp_avg, exp_avg_sq), span, lr in zip(theirs, states, spans, rates, strict=True):
+            single_param_adam(
+                weight, pack.arena.grad[span], torch.tensor(float(step)), exp_avg, exp_avg_sq, None, torch.tensor(lr),
+                *hyper.betas, hyper.weight_decay, hyper.eps, True, False,
+            )  # fmt: skip
+        optimizer.step({1: rates}, torch.zeros(pack.capacity))
+        state = optimizer.state(1)
+        for row, name in enumerate(("exp_avg", "exp_avg_sq")):
+            codes = torch.cat([pair[row].codes for pair in states])
+            assert len(codes.unique()) > 150
+            # Rounding in the update may move a value over the middle between two codes.
+            assert (state[name] != codes).float().mean() < 1e-3
+            assert (state[name].int() - codes.int()).abs().max() <= 1
+            torch.testing.assert_close(state["scales"][row], torch.cat([pair[row].scale for pair in states]))
+        ours = pack.arena.weight[adapter.range]
+        assert ((ours - torch.cat(theirs)).norm() / ours.norm()).item() < 1e-6
+
+
+def test_8bit_skip_keeps_every_code() -> None:
+    """Also where the largest of a block is negative: its code stands for less, so that quantising anew shifts all."""
+    pack = pack_adapters(Wide(), [AdapterConfig(rank=8)])
+    optimizer = PackedAdamW(pack, "8bit")
+    optimizer.add(0, AdamWConfig())
+    losses = torch.zeros(pack.capacity)
+    for step in range(2):
+        _fill_gradients(pack, 0, step)
+        optimizer.step({0: (1e-2, 1e-2)}, losses)
+    before, losses[0] = optimizer.state(0), float("nan")
+    _fill_gradients(pack, 0, 2)
+    optimizer.step({0: (1e-2, 1e-2)}, losses)
+    assert all(torch.equal(now, before[name]) for name, now in optimizer.state(0).items())
+
+
+def test_8bit_blocks_of_any_length_and_padding(packed: PackedAdapters) -> None:
+    """Factors that end within a block, and zeros between them."""
+    optimizer = _optimizer(packed, "8bit")
+    exact = pack_adapters(Model(), CONFIGS)
+    exact.arena.weight.copy_(packed.arena.weight)
+    twin = _optimizer(exact)
+    for step in range(20):
+        for pack, each in ((packed, optimizer), (exact, twin)):
+            for slot in range(3):
+                _fill_gradients(pack, slot, step)
+            each.step({slot: (1e-3, 1e-3) for slot in range(3)}, torch.zeros(pack.capacity))
+    moved = exact.arena.weight - pack_adapters(Model(), CONFIGS).arena.weight
+    assert ((packed.arena.weight - exact.arena.weight).norm() / moved.norm()).item() < 0.03
+    owned = torch.zeros_like(packed.arena.weight)
+    for adapter in packed.adapters.values():
+        for pair in adapter.factors(owned).values():
+            for factor in pair:
+                factor.fill_(1.0)
+        state, values = optimizer.state(adapter.slot), moments._codebook(torch.device("cpu"))
+        for name, each in zip(("exp_avg", "exp_avg_sq"), values, strict=True):
+            assert not each[state[name].int()][owned[adapter.range] == 0].any()
+    assert not packed.arena.weight[owned == 0].any()
+
+
+def test_8bit_trains_a_model_like_exact_moments(base: BaseModel) -> None:
+    trials, tasks = toy.mixed_trials()
+    exact, of_exact = toy.train(base, trials, tasks)
+    eight, of_eight = toy.train(base, trials, tasks, optimizer_state="8bit")
+    for trial, one, other in zip(trials, of_exact, of_eight, strict=True):
+        fell = exact.losses(trial.name)[:4].mean() - one.scores["val_loss"].value
+        assert not torch.equal(exact.losses(trial.name), eight.losses(trial.name))
+        assert abs(one.scores["val_loss"].value - other.scores["val_loss"].value) < 0.05 * abs(fell) + 0.01
+
+
+def test_records_are_what_the_kernels_read() -> None:
+    state = torch.zeros(64 * 400)
+    scales = torch.zeros(2, 3)
+    first = adamw.Update(7, 128, 64, 8192 + 128, 1e-3, 2e-3, (0.9, 0.999), 1e-8, 0.1, 0.5, state, state[64:], scales)
+    second = adamw.Update(2, 8448, 64, 128, 3e-3, 3e-3, (0.8, 0.99), 1e-6, 0.0, float("inf"), state, state, None)
+    records, n_chunks = adamw.pack_records([first, second])
+    # A is one chunk, B two; then one each.
+    assert n_chunks == 5
+    assert records.shape == (2, 96)
+    words = records.numpy().view(np.int64)
+    assert words[0, :6].tolist() == [128, 64, 8320, state.data_ptr(), state.data_ptr() + 256, scales.data_ptr()]
+    assert words[1, 5] == 0
+    assert records.numpy()[:, 48:64].copy().view(np.float64).tolist() == [[0.9, 0.999], [0.8, 0.99]]
+    numbers = records.numpy()[:, 64:84].copy().view(np.float32)
+    assert numbers[0].tolist() == pytest.approx([1e-3, 2e-3, 1e-8, 0.1, 0.5])
+    assert numbers[1, 4] == np.inf
+    assert records.numpy()[:, 84:92].copy().view(np.int32).tolist() == [[7, 0], [2, 3]]
+    assert adamw.n_blocks(64, 8192 + 128) == 1 + 33
+
+
+def test_an_unknown_state_is_named(packed: PackedAdapters) -> None:
+    with pytest.raises(ValueError, match="one of exact, 8bit, got '4bit'"):
+        PackedAdamW(packed, "4bit")

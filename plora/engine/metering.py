@@ -1,0 +1,170 @@
+"""What a job took, by part: set beside its prediction in the report, and learned from by the cost models."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from plora.engine.calibration import is_telling, today
+from plora.engine.costs import CostModels
+from plora.engine.planning import SweepPlan
+from plora.planner import PlannedJob
+from plora.profiler import MemorySample, RoundSample, fit_profile
+from plora.report.accuracy import Accuracy, Compared
+from plora.report.listener import Listener
+from plora.training.peaks import PeakMemory
+from plora.training.records import JobTimes, RoundRecord
+
+# A job's first rounds compile what is new; one that takes this much longer than is usual for its work is one of them.
+_SLOW = 1.5
+_FIRST = 5
+# Rounds that a profile learns from: the first of a job, and its last.
+_LEARNED = 40
+# Seconds below which evaluating and saving say nothing of the next time.
+_TELLING = 0.5
+
+
+@dataclass(frozen=True)
+class MeasuredJob:
+    """A finished job in seconds and bytes.
+
+    Args:
+        seconds: from packing its adapters to its last trial's end, evaluation of the base left out.
+        start: what came before its first round, and what its first rounds took longer than usual.
+        round_seconds: median of the rounds before the first trial left, slow first ones left out.
+        evaluation: spent on scores.
+        saving: spent on writing states.
+        rounds: steady rounds.
+        largest: tokens of its largest microbatch.
+        allocated: peak bytes of live tensors; None where unknown.
+        reserved: peak bytes of the allocator; None on a CPU.
+    """
+
+    seconds: float
+    start: float
+    round_seconds: float
+    evaluation: float
+    saving: float
+    rounds: tuple[RoundSample, ...]
+    largest: int
+    allocated: int | None
+    reserved: int | None
+
+
+class JobMeter(Listener):
+    """Listens to one job.
+
+    Args:
+        job: what was planned.
+        peaks: counts memory.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, job: PlannedJob, peaks: PeakMemory, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.job, self._peaks, self._clock = job, peaks, clock
+        self._rounds: list[RoundRecord] = []
+        peaks.reset()
+        self._began = clock()
+
+    def on_round(self, record: RoundRecord) -> None:  # type: ignore[override]
+        """See ``Listener``."""
+        self._rounds.append(record)
+
+    def finish(self, times: JobTimes) -> MeasuredJob | None:
+        """The job is over; None if it had no round."""
+        seconds = self._clock() - self._began - times.base
+        if not self._rounds:
+            return None
+        steady, excess = _steady(self._rounds)
+        first = min(trial.end_round for trial in self.job.trials)
+        opening = [record.seconds for record in steady if record.index <= first] or [r.seconds for r in steady]
+        trained, peak = sum(record.seconds for record in self._rounds), self._peaks.allocated
+        return MeasuredJob(
+            seconds=seconds,
+            start=max(0.0, seconds - trained - times.evaluation - times.saving) + excess,
+            round_seconds=statistics.median(opening),
+            evaluation=times.evaluation,
+            saving=times.saving,
+            rounds=tuple(_sample(record) for record in steady if record.seconds > 0),
+            largest=max(-(-record.tokens // record.microbatches) for record in self._rounds),
+            allocated=peak if is_telling(peak) else None,
+            reserved=self._peaks.reserved,
+        )
+
+
+def compare(job: PlannedJob, measured: MeasuredJob, compiling: float = 0.0) -> Accuracy:
+    """A job's predictions beside what it took; ``compiling`` is predicted for the first job of a process."""
+    return Accuracy(
+        f"job {job.number}",
+        (
+            Compared("memory, live tensors", job.allocated_bytes, measured.allocated, "bytes"),
+            Compared("memory, with the allocator's share", job.memory_bytes, measured.reserved, "bytes", is_limit=True),
+            Compared("step", job.round_seconds, measured.round_seconds, "s"),
+            Compared("whole job", job.seconds + compiling, measured.seconds, "s"),
+        ),
+    )
+
+
+def learn(models: CostModels, planned: SweepPlan, job: PlannedJob, measured: MeasuredJob) -> None:
+    """Add a job's measurements to the device's profile, and store it."""
+    memory = planned.memory
+    before = models.profile(memory)
+    prior = models.estimate(memory).cost(1)
+    rounds = [*measured.rounds[:_LEARNED], *measured.rounds[_LEARNED:][-_LEARNED:]]
+    if not rounds:
+        return
+    peaks = []
+    if measured.allocated is not None:
+        sizes, rank = planned.sizes(job), max(trial.rank for trial in job.trials)
+        state = sum(sizes[name] for name in planned.fullest(job))
+        peaks.append(MemorySample(state, rank, measured.largest, measured.allocated, measured.reserved))
+    models.keep(
+        fit_profile(
+            models.key(memory),
+            memory,
+            prior,
+            rounds,
+            peaks,
+            today(),
+            before=before,
+            extras=_extras(planned, job, measured),
+        )
+    )
+
+
+def _extras(planned: SweepPlan, job: PlannedJob, measured: MeasuredJob) -> dict[str, float]:
+    """What a job says of evaluating and saving, where it did enough of them to tell."""
+    loads = {load.name: load for load in planned.problem.loads}
+    members, cost, found = [loads[trial.name] for trial in job.trials], planned.cost, {}
+    tokens = sum(load.eval_tokens for load in members)
+    if tokens and measured.evaluation > _TELLING and not any(load.generated_tokens for load in members):
+        labels = sum(load.eval_tokens * load.labels / load.tokens_per_step for load in members)
+        found["per_eval_token"] = max(0.0, measured.evaluation - labels * cost.per_label / 2) / tokens
+    params = [planned.memory.adapter_params(load.rank, load.target_modules) for load in members]
+    predicted = sum(cost.save_seconds(count) for count in params)
+    if measured.saving > _TELLING and predicted > 0:
+        factor = measured.saving / predicted
+        found |= {"save": factor * cost.save, "per_saved_param": factor * cost.per_saved_param}
+    return found
+
+
+def _steady(records: Sequence[RoundRecord]) -> tuple[list[RoundRecord], float]:
+    """The rounds without the slow ones among the first, and the seconds these took more than is usual."""
+    usual = statistics.median(record.seconds / record.tokens for record in records)
+    steady, excess = [], 0.0
+    for record in records:
+        expected = usual * record.tokens
+        if len(records) > _FIRST and record.index <= _FIRST and record.seconds > _SLOW * expected:
+            excess += record.seconds - expected
+        else:
+            steady.append(record)
+    return steady, excess
+
+
+def _sample(record: RoundRecord) -> RoundSample:
+    return RoundSample(
+        record.tokens, record.token_rank, record.live, record.params, record.microbatches, record.seconds,
+        record.labels, record.squares,
+    )  # fmt: skip
