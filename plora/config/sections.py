@@ -187,7 +187,7 @@ def _plan_file(value: Any) -> Path:
     try:
         Plan.load(path)
     except ValueError as error:
-        raise ValueError(f"cannot be followed: {error}") from None
+        raise ValueError(f"must be a plan that `plan_only=true` wrote ({error})") from None
     return path
 
 

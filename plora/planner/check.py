@@ -21,7 +21,8 @@ def check_plan(plan: Plan, problem: Problem) -> None:
     mistakes += _overlaps(plan)
     if mistakes:
         text = "\n  ".join(mistakes)
-        raise ValueError(f"the plan does not match this sweep in {len(mistakes)} ways; plan again or change:\n  {text}")
+        ways = "one way" if len(mistakes) == 1 else f"{len(mistakes)} ways"
+        raise ValueError(f"the plan does not match this sweep in {ways}; plan again or change:\n  {text}")
 
 
 def _setting_mistakes(plan: Plan, problem: Problem) -> list[str]:
