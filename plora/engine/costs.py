@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,7 +109,7 @@ class CostModels:
         gpu = self.gpu
         if gpu is None:
             log.warning("no data sheet of a %s: times are predicted as if it were an A100", self.name)
-        return partial(estimate, gpu or GPUS["a100_80gb"])(memory)
+        return estimate(gpu or GPUS["a100_80gb"], memory)
 
     def free_bytes(self) -> int:
         """Bytes that are free on the device now."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plora.kernels.dispatch import extension
+from plora.kernels.dispatch import kernels
 from plora.kernels.schedule import upload
 
 CHUNK = 8192  # elements of a thread block's work; mirrored by adamw.h, as is the record below
@@ -84,12 +84,10 @@ def update(
     Returns:
         fp32 ``[2, K]``: norms before clipping and skip flags, zero for other adapters.
     """
-    kernels = extension()
-    assert kernels is not None
-    assert (CHUNK, _RECORD.itemsize) == (kernels.ADAMW_CHUNK, kernels.ADAMW_RECORD_BYTES)
+    assert (CHUNK, _RECORD.itemsize) == (kernels().ADAMW_CHUNK, kernels().ADAMW_RECORD_BYTES)
     records, n_chunks = pack_records(updates)
     outcome = losses.new_zeros(2, len(losses))
-    kernels.adamw(
+    kernels().adamw(
         weight, grad, shadow, upload(records, weight.device), n_chunks, losses, steps, outcome,
         weight.new_empty(n_chunks), weight.new_empty(len(updates), 4), codebook,
     )  # fmt: skip

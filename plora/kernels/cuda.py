@@ -11,19 +11,12 @@ int64 on the device, ``[n, 2 K + 1]`` of a group, ``[2 K + 1]`` of one linear.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from plora.kernels import schedule
-from plora.kernels.dispatch import extension
+from plora.kernels.dispatch import kernels
 from plora.kernels.schedule import Work as Work
-
-_MIRRORED = (
-    "TILE_ROWS", "TILE_RANKS", "RUN_RANKS", "WALK_ROWS", "WALK_RANKS", "SCRATCH_BLOCK", "MAX_SPLITS",
-    "MAX_GROUP_SPLITS", "MOST_MEMBERS", "CLUSTER", "PIECE_WORDS",
-)  # fmt: skip
 
 
 def lora_down(x: Tensor, weight: Tensor, work: Work, offsets: Tensor, token_index: Tensor, max_rank: int) -> Tensor:
@@ -106,7 +99,7 @@ def down(
     """
     members = _members(offsets)
     first, count, blocks = work.tiles_of(members)
-    _kernels().down(
+    kernels().down(
         x, weight, hidden, work.tiles, first, count, work.most_share_of(members), offsets, backward, token_index,
         work.partials, work.counters, blocks, not backward, backward, slots,
     )  # fmt: skip
@@ -129,7 +122,7 @@ def up(
     """
     members = _members(offsets)
     first, count, _ = work.tiles_of(members)
-    _kernels().up(
+    kernels().up(
         y, hidden, weight, out, work.tiles, first, count, work.most_share_of(members), offsets, not backward,
         token_index, backward, not backward, slots,
     )  # fmt: skip
@@ -152,10 +145,10 @@ def grad_hidden_and_up(
     ``clusters``: the form for compute capability 9.0 and later, or the one for all. Default: what the device has.
     ``clusters_per_run``: how many of them share the columns. Default: as many as fill the device.
     """
-    kernels, counts = _kernels(), work.counts.tolist()
-    clusters = kernels.has_clusters() if clusters is None else clusters
+    counts = work.counts.tolist()
+    clusters = kernels().has_clusters() if clusters is None else clusters
     pieces, count = (work.walks, counts[2]) if clusters else (work.runs, counts[1])
-    kernels.grad_hidden(
+    kernels().grad_hidden(
         dy, hidden, weight, dhidden, grad, pieces, count, offsets, True, token_index, work.sums, work.counters,
         counts[4], clusters, clusters_per_run,
     )  # fmt: skip
@@ -175,18 +168,10 @@ def grad_factor(
     With ``backward``, ``dB += scale hidden^T x`` of one linear for x = dy.
     """
     first, count = work.runs_of(_members(offsets))
-    _kernels().grad_factor(
+    kernels().grad_factor(
         x, hidden, grad, work.runs, first, count, offsets, backward, token_index, not backward, backward
     )
 
 
 def _members(offsets: Tensor) -> int:
     return offsets.shape[0] if offsets.dim() == 2 else 1
-
-
-def _kernels() -> ModuleType:
-    kernels = extension()
-    assert kernels is not None
-    for name in _MIRRORED:
-        assert getattr(kernels, name) == getattr(schedule, name), name
-    return kernels

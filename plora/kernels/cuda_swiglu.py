@@ -10,13 +10,12 @@ theirs, ``down_offsets [1, 2 K + 1]`` of the linear that reads the activation.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from plora.kernels import cuda, schedule
-from plora.kernels.dispatch import extension
+from plora.kernels import cuda
+from plora.kernels.dispatch import kernels
 from plora.kernels.schedule import Work
 
 
@@ -94,7 +93,7 @@ def swiglu(
     ``steps``: of 64 columns that a block walks, here and below. Default: as suits the device.
     """
     _, count, blocks = work.tiles_of(1)
-    _kernels().swiglu(
+    kernels().swiglu(
         gate, up, hidden, weight, act, hidden_down, work.tiles, count, offsets, down_offsets, work.partials,
         work.counters, blocks, steps,
     )  # fmt: skip
@@ -117,7 +116,7 @@ def swiglu_pointwise_grad(
 ) -> None:
     """``dgate``, ``dup`` and ``act``, where the gradient of act is ``dact`` and, if given, ``dhidden_down A``."""
     _, count, _ = work.tiles_of(1)
-    _kernels().swiglu_pointwise_grad(
+    kernels().swiglu_pointwise_grad(
         dact, dhidden_down, gate, up, hidden, weight, dgate, dup, act, work.tiles, count, offsets, down_offsets, steps
     )
 
@@ -142,7 +141,7 @@ def swiglu_grad(
     """All of backward, without dropout: in one pass for adapters of few ranks, in four for the others."""
     wide, counts = _wide(work), work.counts.tolist()
     act = None if wide is None else torch.empty_like(gate)
-    _kernels().swiglu_grad(
+    kernels().swiglu_grad(
         dact, dhidden_down, gate, up, hidden, weight, grad, dgate, dup, act, dhidden, work.tiles, counts[0], work.walks,
         counts[2], offsets, down_offsets, work.sums, work.counters, counts[4], steps,
     )  # fmt: skip
@@ -159,10 +158,3 @@ def _wide(work: Work) -> Work | None:
     counts = work.counts.clone()
     counts[1:3] = counts[11:13]
     return replace(work, counts=counts) if int(counts[2]) else None
-
-
-def _kernels() -> ModuleType:
-    kernels = extension()
-    assert kernels is not None
-    assert kernels.FUSED_RANKS == schedule.FUSED_RANKS
-    return kernels

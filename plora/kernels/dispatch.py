@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from plora.kernels import schedule
+
 VARIABLE = "PLORA_BACKEND"
 _NO_DEVICE = "torch sees no CUDA device"
 _NAMES = ("cuda", "grouped", "reference")
@@ -57,9 +59,19 @@ def backend() -> Backend:
 def extension() -> ModuleType | None:
     """The compiled kernels, if they were built for this torch."""
     try:
-        return importlib.import_module("plora.kernels._cuda")
+        found = importlib.import_module("plora.kernels._cuda")
     except ImportError:
         return None
+    for name in schedule.MIRRORED:
+        assert getattr(found, name) == getattr(schedule, name), name
+    return found
+
+
+def kernels() -> ModuleType:
+    """The compiled kernels, for those that run only where they were chosen."""
+    found = extension()
+    assert found is not None
+    return found
 
 
 @cache

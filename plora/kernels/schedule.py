@@ -19,11 +19,15 @@ import torch
 
 from plora.kernels.reference import Tables
 
-# Mirror csrc/args.h; plora.kernels.cuda checks that they agree.
+# Mirror csrc/args.h and swiglu_args.h; whoever loads the kernels checks that those of MIRRORED agree.
 TILE_ROWS, TILE_RANKS, RUN_RANKS, WALK_ROWS, WALK_RANKS = 64, 128, 64, 256, 64
 SCRATCH_BLOCK, MAX_SPLITS, MAX_GROUP_SPLITS, MOST_MEMBERS, CLUSTER, PIECE_WORDS = 64 * 16, 16, 8, 3, 8, 16
 CHUNK = 16
-FUSED_RANKS = 32  # mirrors csrc/swiglu_args.h
+FUSED_RANKS = 32
+MIRRORED = (
+    "TILE_ROWS", "TILE_RANKS", "RUN_RANKS", "WALK_ROWS", "WALK_RANKS", "SCRATCH_BLOCK", "MAX_SPLITS",
+    "MAX_GROUP_SPLITS", "MOST_MEMBERS", "CLUSTER", "PIECE_WORDS", "FUSED_RANKS",
+)  # fmt: skip
 # What a column costs beside its ranks, in ranks: how pieces share the device's blocks.
 _COLUMN_COST = 48
 # Rows of a run. Fewer would make more blocks add to one gradient, more would leave too few blocks.

@@ -21,6 +21,7 @@ import pulp
 
 from plora.planner.costs import Costs
 from plora.planner.jobs import Workshop
+from plora.planner.problem import group_loads
 from plora.planner.solver import solve, whole
 
 MAX_ITERATIONS = 8
@@ -89,11 +90,7 @@ def _table(workshop: Workshop, degree: int, remaining: Sequence[int]) -> Costs |
 
 
 def _kinds(workshop: Workshop, costs: Costs, remaining: Sequence[int]) -> _Kinds:
-    groups: dict[tuple, list[int]] = {}
-    for k in remaining:
-        if costs.eligible[k]:
-            groups.setdefault(workshop.problem.loads[k].kind, []).append(k)
-    members = list(groups.values())
+    members = group_loads(workshop.problem.loads, (k for k in remaining if costs.eligible[k]))
     return _Kinds(members, [_weight(workshop, group[0]) for group in members])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -208,11 +208,14 @@ def load_trials(
     return loads
 
 
-def group_loads(loads: Sequence[Load]) -> list[list[int]]:
-    """Indices of loads that are alike, each group in the order given; groups in order of first appearance."""
-    groups: Mapping[tuple, list[int]] = {}
-    for index, load in enumerate(loads):
-        groups.setdefault(load.kind, []).append(index)  # type: ignore[attr-defined]
+def group_loads(loads: Sequence[Load], among: Iterable[int] | None = None) -> list[list[int]]:
+    """Indices of loads that are alike, each group in the order given; groups in order of first appearance.
+
+    ``among``: which loads; None for all.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for index in range(len(loads)) if among is None else among:
+        groups.setdefault(loads[index].kind, []).append(index)
     return list(groups.values())
 
 

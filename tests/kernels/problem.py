@@ -27,6 +27,20 @@ def ragged(total: int, n: int, seed: int = 0) -> list[int]:
     return torch.diff(edges, prepend=torch.zeros(1, dtype=torch.long)).tolist()
 
 
+def packed_tables(
+    ranks: Sequence[int], counts: Sequence[int], base_rows: int, dropout: Sequence[float] = ()
+) -> tuple[Tables, torch.Tensor]:
+    """Tables of adapters of ``ranks`` on ``counts`` rows each, of different scales, and a token index int32 ``[T]``."""
+    tables = Tables.empty(len(ranks))
+    tables.rows[1:] = torch.tensor([*counts, base_rows]).cumsum(0)
+    tables.rank[:] = torch.tensor(ranks)
+    tables.scale[:] = 2.0 / (1 + torch.arange(len(ranks)) % 3)
+    for slot, p in enumerate(dropout):
+        tables.limit[slot], tables.key[slot] = threshold(p), combine(slot, 7)
+    index = torch.cat([torch.arange(count) for count in (*counts, base_rows)])
+    return tables, (index * 3 + 1).to(torch.int32)
+
+
 @dataclass
 class Results:
     """What forward and backward give; ``outs`` are the members'."""
@@ -57,20 +71,13 @@ class Problem:
     tables: Tables = field(init=False)
 
     def __post_init__(self) -> None:
-        k = len(self.ranks)
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
-        self.tables = Tables.empty(k)
-        self.tables.rows[1:] = torch.tensor([*self.counts, self.base_rows]).cumsum(0)
-        self.tables.rank[:] = torch.tensor(self.ranks)
-        self.tables.scale[:] = 2.0 / (1 + torch.arange(k) % 3)
-        for slot, p in enumerate(self.dropout):
-            self.tables.limit[slot], self.tables.key[slot] = threshold(p), combine(slot, 7)
+        self.tables, index = packed_tables(self.ranks, self.counts, self.base_rows, self.dropout)
+        self.token_index = index.to(self.device)
         self.widths = [self.n] if isinstance(self.n, int) else list(self.n)
         self.columns = -(-max(self.ranks) // 16) * 16  # of one member
         self._place()
         rows = self.rows
-        index = torch.cat([torch.arange(c) for c in (*self.counts, self.base_rows)])
-        self.token_index = (index * 3 + 1).to(self.device, torch.int32)
         self.x = self.random(rows, self.d)
         self.ys, self.dys = ([self.random(rows, n) for n in self.widths] for _ in range(2))
         self.grad = torch.randn(self.weight.numel(), device=self.device, generator=self.generator)

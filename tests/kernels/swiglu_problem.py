@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from plora.kernels import cuda_swiglu, reference, swiglu
-from plora.kernels.dropout import combine, threshold
 from plora.kernels.reference import ABSENT, Tables
 from plora.kernels.schedule import DeviceTables, Work
-from tests.kernels.problem import GAP, INPUT_KEY
+from tests.kernels.problem import GAP, INPUT_KEY, packed_tables
 
 # All in few passes; put together from the passes of single linears, as where there is dropout.
 FORMS = ("fused", "composed")
@@ -44,20 +43,13 @@ class SwigluProblem:
     tables: Tables = field(init=False)
 
     def __post_init__(self) -> None:
-        k = len(self.ranks)
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
-        self.tables = Tables.empty(k)
-        self.tables.rows[1:] = torch.tensor([*self.counts, self.base_rows]).cumsum(0)
-        self.tables.rank[:] = torch.tensor(self.ranks)
-        self.tables.scale[:] = 2.0 / (1 + torch.arange(k) % 3)
-        for slot, p in enumerate(self.dropout):
-            self.tables.limit[slot], self.tables.key[slot] = threshold(p), combine(slot, 7)
+        self.tables, index = packed_tables(self.ranks, self.counts, self.base_rows, self.dropout)
+        self.token_index = index.to(self.device)
         self.columns = -(-max(self.ranks) // 16) * 16  # of one linear
         self._place()
         self.gate, self.up, self.dact = (self.random(self.rows, self.width) for _ in range(3))
         self.hidden, self.dhidden_down = self._hidden(2), self._hidden(1)
-        index = torch.cat([torch.arange(c) for c in (*self.counts, self.base_rows)])
-        self.token_index = (index * 3 + 1).to(self.device, torch.int32)
         self.grad = torch.randn(self.weight.numel(), device=self.device, generator=self.generator)
         self.device_tables = DeviceTables(torch.device(self.device))
         self.device_tables.update(self.tables)

@@ -20,7 +20,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 @pytest.fixture(params=[True, False], ids=["clusters", "no clusters"])
 def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cuda, cuda_swiglu):
-        monkeypatch.setattr(module, "extension", lambda: emulator.module(request.param))
+        monkeypatch.setattr(module, "kernels", lambda: emulator.module(request.param))
 
 
 def through_ops(problem: Problem) -> list[torch.Tensor]:

@@ -10,7 +10,6 @@ from plora.kernels.dropout import combine, threshold
 from plora.kernels.reference import ABSENT, Tables
 
 COUNTS, RANKS, BASE_ROWS, R = [5, 0, 1, 70, 8, 9], [3, 4, 16, 40, 1, 7], 3, 48
-WIDTHS = {"x": 32, "gate": 24, "up": 24}
 
 
 class Problem:
