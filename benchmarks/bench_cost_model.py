@@ -5,15 +5,21 @@
 Each model (random weights) is calibrated as a sweep does it, on rounds of one pack. Then other packs train rounds of
 other make: one adapter to 32, ranks 4 to 128, 100 to 12000 tokens in sequences of 30 to 1024, all or a quarter of them
 labelled, one microbatch or several. Errors are predicted over measured minus one. Steps run as in a sweep, on a GPU
-with compiled layers and loss; the first runs of a new shape, which may compile, are left out and counted apart. At the
-end some of the rounds calibrated with are measured again: no model can be closer than the machine is to itself.
+with compiled layers and loss; the first runs of a new shape, which may compile, are left out and counted apart. Packs
+that fit into the memory of the calibration's are put in its place, as a job exchanges adapters, so that nothing is
+compiled anew; the peaks predicted are then those of the larger pack. In between some of the rounds calibrated with are
+measured again: no model can be closer than the machine is to itself.
+
+An interrupt (Ctrl-C, ``timeout -s INT``) ends it after the round at hand, with the figures so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import random
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +27,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from plora.engine.calibration import Calibrated, measure, peak_samples, samples
+from plora.engine.calibration import labels_of_largest, peak_samples, run_rounds, samples
 from plora.engine.costs import CostModels
 from plora.models import from_config
-from plora.models.base import BaseModel
-from plora.profiler import MemoryModel, Profile, StepCost, calibration_rounds, fit_profile
+from plora.profiler import CalibrationRound, MemoryModel, Profile, StepCost, calibration_rounds, fit_profile
+from plora.profiler.calibration import Calibration
 from plora.profiler.memory import GIB
+from plora.training.graphs import launch_bound_tokens
 from plora.training.loss import can_compile, chunk_rows
 from plora.training.peaks import PeakMemory
 from plora.training.probe import MeasuredRound, PackProbe
@@ -40,7 +47,7 @@ MIXES = {
 TOKENS = {"cuda": (96, 700, 1500, 3000, 6000, 8000, 12000), "cpu": (24, 48, 96, 150, 220, 400)}
 LENGTHS = {"cuda": (48, 100, 250, 600, 1024), "cpu": (16, 30, 60, 110)}
 # Rounds calibrated with that are measured again.
-AGAIN = 6
+AGAIN = 4
 FULL = {"cuda": 8192, "cpu": 256}
 
 
@@ -79,21 +86,100 @@ def packs(ranks: Sequence[int], kind: str, token_budget: int, seed: int) -> list
     return made
 
 
+class Interrupt:
+    """Whether the user has had enough: an exception in the midst of a compiled step may take the process down."""
+
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("ending after this round", flush=True)
+
+
+class Comparison:
+    """Predictions beside measurements of one model's rounds.
+
+    Args:
+        records: takes the figures.
+        case: the model's short name.
+        memory: the memory model, calibrated.
+        cost: the time model's coefficients, fitted.
+        repeats: steady runs of each round.
+        interrupt: ends it.
+    """
+
+    def __init__(
+        self, records: Records, case: str, memory: MemoryModel, cost: StepCost, repeats: int, interrupt: Interrupt
+    ) -> None:
+        self.records, self.case, self.memory, self.cost, self.repeats = records, case, memory, cost, repeats
+        self.interrupt = interrupt
+        self.errors: dict[str, list[float]] = {"time": [], "memory": [], "reserved": [], "machine's own": []}
+
+    def run(self, probe: PackProbe, held: Sequence[int], chosen: Sequence[Pack]) -> None:
+        """Measure packs; ``held`` are the ranks that the probe has made room for."""
+        for pack in chosen:
+            if self.interrupt.came:
+                return
+            began = time.perf_counter()
+            measured = probe.round(pack.lengths, pack.token_budget, labelled=pack.labelled, repeats=self.repeats)
+            shown = self._compare(pack, held, measured)
+            print(f"  {pack.name}: {shown} ({time.perf_counter() - began:.1f} s in all)", flush=True)
+
+    def again(self, probe: PackProbe, rounds: Sequence[CalibrationRound], before: Sequence[MeasuredRound]) -> None:
+        """Measure rounds once more."""
+        for each, first in zip(rounds, before, strict=False):
+            if self.interrupt.came:
+                return
+            now = probe.round(each.lengths, each.token_budget, labelled=each.labelled, repeats=self.repeats)
+            self.errors["machine's own"].append(now.seconds / first.seconds - 1)
+
+    def summarise(self) -> None:
+        """Add the errors' statistics to the records."""
+        for what, values in self.errors.items():
+            if values:
+                sizes = np.abs(values)
+                for metric, value in (
+                    ("median", np.median(sizes)), ("p90", np.quantile(sizes, 0.9)), ("max", sizes.max()),
+                    ("mean_signed", np.mean(values)),
+                ):  # fmt: skip
+                    self.records.add(self.case, f"{what} error", metric, float(value), "1", f"{len(values)} rounds")
+
+    def _compare(self, pack: Pack, held: Sequence[int], measured: MeasuredRound) -> str:
+        (sample,) = samples([measured])
+        state = sum(self.memory.adapter_bytes(rank) for rank in held)
+        parts = self.memory.parts_from_bytes(state, measured.largest, max(held), labels=labels_of_largest(measured))
+        figures = (
+            ("time", "step", measured.seconds, sample.predicted(self.cost), 1, "s"),
+            ("memory", "peak", measured.allocated, parts.allocated, GIB, "GiB"),
+            ("reserved", "reserved", measured.reserved, parts.total, GIB, "GiB"),
+        )
+        note = f"{measured.warmup_seconds:.1f} s of warm-up, microbatches of {pack.token_budget} tokens"
+        shown = []
+        for what, metric, truth, predicted, unit, name in figures:
+            if truth is not None:
+                error = predicted / truth - 1
+                self.errors[what].append(error)
+                for provider, value in (("measured", truth), ("predicted", predicted)):
+                    self.records.add(f"{self.case}/{pack.name}", provider, metric, value / unit, name, note)
+                shown.append(f"{metric} {truth / unit:.4g} {name}, {error:+.1%}")
+        return "; ".join(shown)
+
+
 def fit(
-    base: BaseModel, memory: MemoryModel, models: CostModels, peaks: PeakMemory, free: int, seconds: float, again: bool
-) -> tuple[Profile, float, Calibrated]:
-    """Calibrate as a sweep does, without touching the stored profiles; what that took, and what was measured."""
-    began = time.perf_counter()
-    estimated = models.estimate(memory).cost(1)
-    chosen = calibration_rounds(memory, estimated, free)
-    assert chosen is not None, "the model fits"
-    found = measure(base, chosen.ranks, chosen.rounds, peaks, generates=False, again=again, most_seconds=seconds)
-    took = time.perf_counter() - began
-    extras = ", ".join(f"{name} {value:.3g}" for name, value in found.extras.items())
-    print(f"calibrated in {took:.0f} s with {len(found.rounds)} rounds of {len(chosen.ranks)} adapters; {extras}")
-    rounds, tops = samples(found.rounds), peak_samples(memory, found)
-    profile = fit_profile(models.key(memory), memory, estimated, rounds, tops, "")
-    for each, measured in zip(rounds, found.rounds, strict=True):
+    probe: PackProbe, chosen: Calibration, memory: MemoryModel, models: CostModels, options: argparse.Namespace,
+    interrupt: Interrupt,
+) -> tuple[Profile | None, list[MeasuredRound]]:  # fmt: skip
+    """Calibrate as a sweep does, without touching the stored profiles; None where nothing was measured."""
+    rounds = itertools.takewhile(lambda _: not interrupt.came, chosen.rounds)
+    found = run_rounds(probe, rounds, options.repeats, options.calibrate_seconds)
+    if not found:
+        return None, found
+    estimated, tops = models.estimate(memory).cost(1), peak_samples(memory, chosen.ranks, found)
+    profile = fit_profile(models.key(memory), memory, estimated, samples(found), tops, "")
+    for each, measured in zip(samples(found), found, strict=True):
         print(
             f"  fitted: {each.tokens} tokens, {each.adapters} adapters, {each.microbatches} microbatches: "
             f"{each.seconds:.4f} s, predicted {each.predicted(profile.costs[1]):.4f} ({measured.warmup_seconds:.1f} s "
@@ -101,74 +187,60 @@ def fit(
             flush=True,
         )
     print(f"  {profile.costs[1]}\n  {profile.memory}", flush=True)
-    return profile, took, found
+    return profile, found
 
 
-def predict(pack: Pack, measured: MeasuredRound, memory: MemoryModel, cost: StepCost) -> tuple[float, int, int]:
-    """Seconds, allocated and reserved bytes of a round."""
-    seconds = cost.round_seconds(
-        measured.tokens, measured.token_rank, measured.adapters, measured.params, measured.microbatches,
-        measured.labels, measured.squares,
-    )  # fmt: skip
-    state = sum(memory.adapter_bytes(rank) for rank in pack.ranks)
-    parts = memory.parts_from_bytes(state, measured.largest, max(pack.ranks))
-    return seconds, parts.allocated + memory.calibration.fixed, parts.total
-
-
-def measure_model(records: Records, name: str, dtype: str, device: torch.device, options: argparse.Namespace) -> None:
+def measure_model(
+    records: Records, name: str, dtype: str, device: torch.device, options: argparse.Namespace, interrupt: Interrupt
+) -> None:
     """Calibrate on one model, then compare on all packs."""
     models, peaks = CostModels(device), PeakMemory(device)
     free = int(models.free_bytes() * 0.95)
     base = from_config(name, dtype=dtype, device=device)
     base.set_activation_checkpointing(options.checkpointing)
+    graph_tokens = options.graph_tokens
+    if graph_tokens is None:
+        graph_tokens = launch_bound_tokens(base.spec) if device.type == "cuda" and dtype == "bf16" else 0
     memory = MemoryModel(
         base.spec, dtype=dtype, device=device.type, loss_chunk=chunk_rows(base.spec.vocab_size, device),
         compiled=can_compile(device), activation_checkpointing=options.checkpointing,
+        graph_tokens=graph_tokens,
     )  # fmt: skip
     print(f"{name} in {dtype} on {models.name}, torch {torch.__version__}", flush=True)
-    profile, took, found = fit(base, memory, models, peaks, free, options.calibrate_seconds, options.start)
-    case = name.rpartition("/")[2].lower()
-    records.add(case, "calibration", "seconds", took, "s")
-    calibrated, cost = replace(memory, calibration=profile.memory), profile.costs[1]
-    errors: dict[str, list[float]] = {"time": [], "memory": [], "reserved": [], "machine's own": []}
-    for seed, ranks in enumerate(MIXES[device.type][-options.mixes :]):
-        state = sum(memory.adapter_bytes(rank) for rank in ranks)
+    chosen = calibration_rounds(memory, models.estimate(memory).cost(1), free)
+    assert chosen is not None, "the model fits"
+    case, began = name.rpartition("/")[2].lower(), time.perf_counter()
+
+    def state(ranks: Sequence[int]) -> int:
+        return sum(memory.adapter_bytes(rank) for rank in ranks)
+
+    def packs_of(ranks: Sequence[int], held: Sequence[int]) -> list[Pack]:
         budget = FULL[device.type]
-        while budget > 256 and calibrated.parts_from_bytes(state, budget, max(ranks)).total > free:
+        while budget > 256 and memory.parts_from_bytes(state(held), budget, max(held)).total > free:
             budget //= 2
-        with PackProbe(base, ranks, peaks) as probe:
-            for pack in packs(ranks, device.type, budget, seed):
-                measured = probe.round(pack.lengths, pack.token_budget, labelled=pack.labelled, repeats=options.repeats)
-                seconds, allocated, reserved = predict(pack, measured, calibrated, cost)
-                note = f"warm-up took {measured.warmup_seconds:.1f} s more, microbatches of {pack.token_budget} tokens"
-                of = f"{case}/{pack.name}"
-                records.add(of, "measured", "step", measured.seconds, "s", note)
-                records.add(of, "predicted", "step", seconds, "s", note)
-                errors["time"].append(seconds / measured.seconds - 1)
-                shown = f"{measured.seconds:.4f} s, predicted {seconds / measured.seconds - 1:+.1%}"
-                if measured.allocated is not None:
-                    records.add(of, "measured", "peak", measured.allocated / GIB, "GiB", note)
-                    records.add(of, "predicted", "peak", allocated / GIB, "GiB", note)
-                    errors["memory"].append(allocated / measured.allocated - 1)
-                    shown += f"; {measured.allocated / GIB:.2f} GiB, {allocated / measured.allocated - 1:+.1%}"
-                if measured.reserved is not None:
-                    errors["reserved"].append(reserved / measured.reserved - 1)
-                    shown += f"; reserved {measured.reserved / GIB:.2f} GiB, {reserved / measured.reserved - 1:+.1%}"
-                print(f"  {pack.name}: {shown} (warm-up {measured.warmup_seconds:.1f} s)", flush=True)
-    with PackProbe(base, found.ranks, peaks) as probe:
-        for each, before in zip(found.planned[:AGAIN], found.rounds, strict=False):
-            now = probe.round(each.lengths, each.token_budget, labelled=each.labelled, repeats=options.repeats)
-            errors["machine's own"].append(now.seconds / before.seconds - 1)
-    for what, values in errors.items():
-        if values:
-            sizes = np.abs(values)
-            for metric, value in (
-                ("median", np.median(sizes)), ("p90", np.quantile(sizes, 0.9)), ("max", sizes.max()),
-                ("mean_signed", np.mean(values)),
-            ):  # fmt: skip
-                records.add(case, f"{what} error", metric, float(value), "1", f"{len(values)} rounds")
-    del base
-    gc.collect()
+        return packs(ranks, device.type, budget, seed=len(ranks))
+
+    mixes = MIXES[device.type][-options.mixes :]
+    inside = [ranks for ranks in mixes if state(ranks) <= state(chosen.ranks) and max(ranks) <= max(chosen.ranks)]
+    with PackProbe(base, chosen.ranks, peaks, graph_tokens=graph_tokens) as probe:
+        profile, found = fit(probe, chosen, memory, models, options, interrupt)
+        if profile is None:
+            return
+        took = time.perf_counter() - began
+        print(f"calibrated in {took:.0f} s with {len(found)} rounds of {len(chosen.ranks)} adapters", flush=True)
+        records.add(case, "calibration", "seconds", took, "s")
+        calibrated = replace(memory, calibration=profile.memory)
+        comparison = Comparison(records, case, calibrated, profile.costs[1], options.repeats, interrupt)
+        for ranks in inside:
+            probe.replace(ranks)
+            comparison.run(probe, chosen.ranks, packs_of(ranks, chosen.ranks))
+        probe.replace(chosen.ranks)
+        comparison.again(probe, chosen.rounds[:AGAIN], found)
+    for ranks in mixes:
+        if ranks not in inside and not interrupt.came:
+            with PackProbe(base, ranks, peaks, graph_tokens=graph_tokens) as probe:
+                comparison.run(probe, ranks, packs_of(ranks, ranks))
+    comparison.summarise()
 
 
 def main() -> None:
@@ -176,7 +248,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="names of presets")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--calibrate-seconds", type=float, default=90.0, help="rounds stop being added after these")
-    parser.add_argument("--start", action="store_true", help="also measure what a job's start takes")
+    parser.add_argument("--graph-tokens", type=int, help="microbatches of up to so many run as CUDA graphs")
     parser.add_argument("--mixes", type=int, default=4, help="how many of the mixes of ranks")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--repeats", type=int, default=3, help="steady runs of each pack")
@@ -184,12 +256,12 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     usual = {"cuda": ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"], "cpu": ["HuggingFaceTB/SmolLM2-135M"]}[device.type]
-    records = Records("cost_model")
+    records, interrupt = Records("cost_model"), Interrupt()
     try:
         for name in options.models or usual:
-            measure_model(records, name, options.dtype, device, options)
-            if device.type == "cuda":
-                torch._dynamo.reset()
+            if not interrupt.came:
+                measure_model(records, name, options.dtype, device, options, interrupt)
+                gc.collect()
     finally:
         records.write(options.json)
     for row in records.rows:

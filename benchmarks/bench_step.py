@@ -2,10 +2,12 @@
 
     python benchmarks/bench_step.py [--model Qwen/Qwen2.5-7B-Instruct] [--json FILE]
     python benchmarks/bench_step.py --case 16x512:8x16 --case 8x2048:8x16    # sequences x length : adapters x rank
+    python benchmarks/bench_step.py --memory --providers                     # what saving memory costs
 
 Weights are random (right for timing, never for quality), every token is labelled, for the baselines
 too. ``tokens_per_s_forward_backward`` leaves the optimizer out, ``tokens_per_s_step`` has it in.
-The limit is the frozen base: no adapter can be trained with less.
+The limit is the frozen base: no adapter can be trained with less. Where launching kernels takes longer than running
+them, plora's small microbatches run as CUDA graphs, as in a sweep, and so does the base.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,10 +27,11 @@ import plora
 from plora.data.microbatch import pack
 from plora.data.types import Example
 from plora.models import from_config
-from plora.models.attention import PackedSequences
 from plora.models.base import BaseModel
 from plora.models.presets import preset_config
 from plora.profiler import MemoryModel
+from plora.training.graphs import launch_bound_tokens, small_microbatches
+from plora.training.inputs import Inputs
 from plora.training.loss import backward_cross_entropy, chunk_rows
 from plora.training.optimizer import OPTIMIZER_STATES, AdamWConfig, PackedAdamW
 from plora.training.rounds import batch_gradients
@@ -60,6 +64,17 @@ class Options:
         if self.recompute:
             parts.append("all layers recomputed" if self.recompute is True else f"{self.recompute} layers recomputed")
         return ", ".join(parts + ["8-bit moments"] * (self.optimizer_state == "8bit"))
+
+
+MEMORY_OPTIONS = [
+    Options(8192),
+    Options(8192, optimizer_state="8bit"),
+    Options(4096),
+    Options(4096, optimizer_state="8bit"),
+    Options(2048, optimizer_state="8bit"),
+    Options(2048, recompute=14, optimizer_state="8bit"),
+    Options(4096, recompute=True, optimizer_state="8bit"),
+]
 
 
 @dataclass(frozen=True)
@@ -117,18 +132,16 @@ def _example(generator: np.random.Generator, vocab: int, length: int) -> Example
 
 
 def seconds(run: Callable[[], object], repeats: int, warmup: int = 3) -> float:
-    """Median time of ``run`` by CUDA events."""
-    for _ in range(warmup):
+    """Median time from one ``run`` to the next, each queued while the device still works on the one before."""
+    ends = []
+    for _ in range(warmup + repeats):
         run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+        ends.append(torch.cuda.Event(enable_timing=True))
+        ends[-1].record()
+        if len(ends) > 1:
+            ends[-2].synchronize()
+    ends[-1].synchronize()
+    return statistics.median(one.elapsed_time(other) for one, other in pairwise(ends[warmup - 1 :])) / 1000
 
 
 @contextmanager
@@ -174,8 +187,10 @@ def frozen_base(records: Records, case: Case, base: BaseModel, repeats: int) -> 
     with fresh_memory():
         base.set_activation_checkpointing(case.options.recompute)
         base.compile_layers()
-        run = _gradients_through(base, batches, case.options.microbatch)
-        measure(records, case.name, "frozen base", case.tokens, run, None, repeats, _notes(case))
+        run, note = _gradients_through(base, batches, case.options.microbatch), _notes(case)
+        if min(case.tokens, case.options.microbatch) <= launch_bound_tokens(base.spec):
+            run, note = _as_graph(run), f"{note}, as a CUDA graph"
+        measure(records, case.name, "frozen base", case.tokens, run, None, repeats, note)
 
 
 def packed(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
@@ -189,6 +204,7 @@ def packed(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
             optimizer.add(slot, AdamWConfig(max_grad_norm=1.0))
         base.set_activation_checkpointing(case.options.recompute)
         base.compile_layers()
+        graphs = small_microbatches(base, adapters, compile_loss=True)
         rates = dict.fromkeys(adapters.slots, (1e-4, 1e-4))
         steps = dict.fromkeys(adapters.slots, 0)
 
@@ -201,6 +217,7 @@ def packed(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
                 case.options.microbatch,
                 compile_loss=True,
                 zero_grad=optimizer.zero_grad_,
+                graphs=graphs,
             )[0]
 
         def step() -> None:
@@ -297,21 +314,29 @@ def torchtune_one_at_a_time(records: Records, case: Case, repeats: int) -> None:
 
 def _gradients_through(base: BaseModel, batches: dict[int, list[Example]], budget: int) -> Callable[[], None]:
     """Forward, loss and backward of prepared microbatches, without routing."""
-    prepared = [microbatch.to(base.device) for microbatch in pack(batches, budget)]
+    prepared = []
+    for microbatch in pack(batches, budget):
+        n_labels = dict.fromkeys(microbatch.slot_labels, len(microbatch.label_rows))
+        prepared.append(Inputs.of(microbatch, n_labels).to(base.device))
 
     def run() -> None:
         for each in prepared:
-            sequences = PackedSequences.from_lengths(each.lengths, base.device)
-            hidden = base.hidden_states(each.tokens, each.positions, sequences)
-            count = len(each.label_rows)
-            weight = torch.full((count,), 1 / count, device=base.device)
-            slots = torch.zeros(count, dtype=torch.int64, device=base.device)
+            hidden = base.hidden_states(each.tokens, each.positions, each.sequences)
             backward_cross_entropy(
-                base.logits, hidden, each.label_rows, each.labels[each.label_rows], weight, slots, 1,
+                base.logits, hidden, each.rows, each.labels, each.weight, each.slots, len(batches),
                 chunk=chunk_rows(base.spec.vocab_size, base.device), compiled=True,
             )  # fmt: skip
 
     return run
+
+
+def _as_graph(run: Callable[[], None]) -> Callable[[], None]:
+    """``run`` as a CUDA graph."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def _notes(case: Case, microbatch: int | None = None) -> str:
@@ -327,6 +352,7 @@ def main() -> None:
     parser.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits")
     parser.add_argument("--recompute", default="0", metavar="N|all", help="layers recomputed in backward")
     parser.add_argument("--optimizer-state", choices=OPTIMIZER_STATES, default="exact")
+    parser.add_argument("--memory", action="store_true", help="plora with each of the options that save memory")
     parser.add_argument("--providers", nargs="*", default=["frozen", "plora", "bmm", "peft", "torchtune"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", help="write the figures to this file")
@@ -342,12 +368,14 @@ def main() -> None:
     records = Records("step")
     print(f"{args.model} on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     try:
-        if {"frozen", "plora", "bmm"} & set(args.providers):
+        if args.memory or {"frozen", "plora", "bmm"} & set(args.providers):
             base = from_config(args.model, dtype="bf16", quantize=args.quantize, device="cuda")
             for case in cases:
                 for name, run in (("frozen", frozen_base), ("plora", packed), ("bmm", bmm)):
                     if name in args.providers:
                         run(records, case, base, args.repeats)
+            for each in MEMORY_OPTIONS if args.memory else []:
+                packed(records, replace(cases[0], options=each), base, args.repeats)
             del base
         for name, run_alone in (("peft", peft_one_at_a_time), ("torchtune", torchtune_one_at_a_time)):
             if name in args.providers:

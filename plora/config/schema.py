@@ -169,6 +169,7 @@ class PackingConfig:
         tokens_per_microbatch: token budget of a microbatch; ``"auto"`` is chosen by the memory model.
         memory_fraction: part of the device's free memory that a plan may use.
         optimizer_state: ``exact`` (fp32) or ``8bit`` moments of AdamW.
+        cuda_graphs: run small microbatches as CUDA graphs, where the CUDA kernels run.
         max_adapters: most adapters in a pack; None for no limit but memory.
         solver: ``HiGHS``, ``CBC`` or ``auto``.
         time_limit: seconds that the search for a better plan may take.
@@ -179,6 +180,7 @@ class PackingConfig:
     tokens_per_microbatch: int | str = "auto"
     memory_fraction: float = 0.9
     optimizer_state: str = "exact"
+    cuda_graphs: bool = True
     max_adapters: int | None = None
     solver: str = "auto"
     time_limit: float = 10.0

@@ -154,6 +154,7 @@ def read_packing(root: Section) -> PackingConfig:
         tokens_per_microbatch=section.read("tokens_per_microbatch", checks.word_or("auto", checks.whole(1)), "auto"),
         memory_fraction=section.read("memory_fraction", checks.real(above=0, high=1), 0.9),
         optimizer_state=section.read("optimizer_state", checks.one_of(*STATE_BYTES), "exact"),
+        cuda_graphs=section.read("cuda_graphs", checks.boolean, True),
         max_adapters=section.read("max_adapters", checks.optional(checks.whole(1)), None),
         solver=section.read("solver", checks.one_of("auto", "HiGHS", "CBC"), "auto"),
         time_limit=section.read("time_limit", checks.real(above=0), 10.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -47,13 +47,11 @@ class Calibrated:
 
     Args:
         rounds: what was measured, by round.
-        planned: the rounds asked for.
         ranks: of the adapters.
         extras: costs that are not a round's, by their name in ``StepCost``.
     """
 
     rounds: tuple[MeasuredRound, ...]
-    planned: tuple[CalibrationRound, ...]
     ranks: tuple[int, ...]
     extras: dict[str, float]
 
@@ -99,7 +97,10 @@ def calibrate(
         return None
     log.info("calibrating on %s: %d short rounds of %d adapters", models.name, len(chosen.rounds), len(chosen.ranks))
     began = time.perf_counter()
-    found = measure(base, chosen.ranks, chosen.rounds, peaks, generates=generates, optimizer_state=memory.moments)
+    found = measure(
+        base, chosen.ranks, chosen.rounds, peaks, generates=generates, optimizer_state=memory.moments,
+        graph_tokens=memory.graph_tokens,
+    )  # fmt: skip
     if not found.rounds:
         return None
     profile = fit_profile(
@@ -107,7 +108,7 @@ def calibrate(
         memory,
         estimated,
         samples(found.rounds),
-        peak_samples(memory, found),
+        peak_samples(memory, found.ranks, found.rounds),
         today(),
         extras={**found.extras, "load": load_seconds},
     )
@@ -128,8 +129,8 @@ def measure(
     peaks: PeakMemory,
     *,
     generates: bool = True,
-    again: bool = True,
     optimizer_state: str = "exact",
+    graph_tokens: int = 0,
     most_seconds: float | None = None,
 ) -> Calibrated:
     """Run the rounds with one pack until they are through, time is up or memory is.
@@ -140,30 +141,38 @@ def measure(
         rounds: what to measure.
         peaks: counts memory.
         generates: whether generation is measured too.
-        again: whether a second pack is made, to tell what each job's start takes from what is paid once.
         optimizer_state: see `PackedAdamW`.
+        graph_tokens: see `MemoryModel`.
         most_seconds: rounds stop being added after these; None for what suits the device.
     """
-    began, found = time.perf_counter(), []
-    repeats = _REPEATS[base.device.type]
+    began = time.perf_counter()
     most_seconds = _MOST_SECONDS[base.device.type] if most_seconds is None else most_seconds
-    with PackProbe(base, ranks, peaks, optimizer_state) as probe:
-        try:
-            for each in rounds:
-                found.append(probe.round(each.lengths, each.token_budget, labelled=each.labelled, repeats=repeats))
-                if time.perf_counter() - began > most_seconds:
-                    break
-        except torch.OutOfMemoryError:
-            log.warning("calibration ran out of memory after %d rounds: going on with those", len(found))
+    with PackProbe(base, ranks, peaks, optimizer_state, graph_tokens) as probe:
+        found = run_rounds(probe, rounds, _REPEATS[base.device.type], most_seconds)
         in_time = time.perf_counter() - began <= most_seconds
         extras = _extras(probe, rounds, found, generates and in_time)
-    if found and again and base.device.type == "cuda":
+    if found and base.device.type == "cuda":
         # What a job repeats of it, now that the compiler's files are there; the rest is paid once.
-        with PackProbe(base, ranks, peaks, optimizer_state) as probe:
+        with PackProbe(base, ranks, peaks, optimizer_state, graph_tokens) as probe:
             warmup = probe.round(rounds[0].lengths, rounds[0].token_budget, repeats=1).warmup_seconds
             start = probe.pack_seconds + warmup + probe.evaluation(64, 64)[1]
         extras |= {"start": start, "compile": max(0.0, extras["compile"] + extras["start"] - start)}
-    return Calibrated(tuple(found), tuple(rounds), tuple(ranks), extras)
+    return Calibrated(tuple(found), tuple(ranks), extras)
+
+
+def run_rounds(
+    probe: PackProbe, rounds: Iterable[CalibrationRound], repeats: int, most_seconds: float
+) -> list[MeasuredRound]:
+    """Measure the rounds until they are through, ``most_seconds`` are up or memory is."""
+    began, found = time.perf_counter(), []
+    try:
+        for each in rounds:
+            found.append(probe.round(each.lengths, each.token_budget, labelled=each.labelled, repeats=repeats))
+            if time.perf_counter() - began > most_seconds:
+                break
+    except torch.OutOfMemoryError:
+        log.warning("calibration ran out of memory after %d rounds: going on with those", len(found))
+    return found
 
 
 def samples(rounds: Sequence[MeasuredRound]) -> list[RoundSample]:
@@ -177,14 +186,19 @@ def samples(rounds: Sequence[MeasuredRound]) -> list[RoundSample]:
     ]  # fmt: skip
 
 
-def peak_samples(memory: MemoryModel, found: Calibrated) -> list[MemorySample]:
-    """Measured peaks as the fit takes them; none where the device does not tell."""
-    state = sum(memory.adapter_bytes(rank) for rank in found.ranks)
+def peak_samples(memory: MemoryModel, ranks: Sequence[int], rounds: Sequence[MeasuredRound]) -> list[MemorySample]:
+    """Measured peaks of a pack of these ranks as the fit takes them; none where the device does not tell."""
+    state = sum(memory.adapter_bytes(rank) for rank in ranks)
     return [
-        MemorySample(state, max(found.ranks), each.largest, each.allocated, each.reserved)
-        for each in found.rounds
+        MemorySample(state, max(ranks), each.largest, each.allocated, each.reserved, labels=labels_of_largest(each))
+        for each in rounds
         if is_telling(each.allocated)
     ]
+
+
+def labels_of_largest(measured: MeasuredRound) -> int:
+    """Labelled tokens of a round's largest microbatch, if they are spread evenly."""
+    return -(-measured.labels * measured.largest // measured.tokens)
 
 
 def is_telling(peak: int | None) -> TypeGuard[int]:

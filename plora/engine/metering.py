@@ -38,8 +38,9 @@ class MeasuredJob:
         saving: spent on writing states.
         rounds: steady rounds.
         largest: tokens of its largest microbatch.
+        labels: how many of those are labelled.
         allocated: peak bytes of live tensors; None where unknown.
-        reserved: peak bytes of the allocator; None on a CPU.
+        reserved: peak bytes of the allocator, CUDA graphs' left out; None on a CPU.
     """
 
     seconds: float
@@ -49,6 +50,7 @@ class MeasuredJob:
     saving: float
     rounds: tuple[RoundSample, ...]
     largest: int
+    labels: int
     allocated: int | None
     reserved: int | None
 
@@ -72,8 +74,8 @@ class JobMeter(Listener):
         """See ``Listener``."""
         self._rounds.append(record)
 
-    def finish(self, times: JobTimes) -> MeasuredJob | None:
-        """The job is over; None if it had no round."""
+    def finish(self, times: JobTimes, graph_bytes: int = 0) -> MeasuredJob | None:
+        """The job is over, whose CUDA graphs held so many bytes; None if it had no round."""
         seconds = self._clock() - self._began - times.base
         if not self._rounds:
             return None
@@ -81,6 +83,8 @@ class JobMeter(Listener):
         first = min(trial.end_round for trial in self.job.trials)
         opening = [record.seconds for record in steady if record.index <= first] or [r.seconds for r in steady]
         trained, peak = sum(record.seconds for record in self._rounds), self._peaks.allocated
+        reserved = self._peaks.reserved
+        fullest = max(self._rounds, key=lambda record: record.tokens / record.microbatches)
         return MeasuredJob(
             seconds=seconds,
             start=max(0.0, seconds - trained - times.evaluation - times.saving) + excess,
@@ -88,9 +92,10 @@ class JobMeter(Listener):
             evaluation=times.evaluation,
             saving=times.saving,
             rounds=tuple(_sample(record) for record in steady if record.seconds > 0),
-            largest=max(-(-record.tokens // record.microbatches) for record in self._rounds),
+            largest=-(-fullest.tokens // fullest.microbatches),
+            labels=-(-fullest.labels // fullest.microbatches),
             allocated=peak if is_telling(peak) else None,
-            reserved=self._peaks.reserved,
+            reserved=None if reserved is None else reserved - graph_bytes,
         )
 
 
@@ -119,7 +124,9 @@ def learn(models: CostModels, planned: SweepPlan, job: PlannedJob, measured: Mea
     if measured.allocated is not None:
         sizes, rank = planned.sizes(job), max(trial.rank for trial in job.trials)
         state = sum(sizes[name] for name in planned.fullest(job))
-        peaks.append(MemorySample(state, rank, measured.largest, measured.allocated, measured.reserved))
+        peaks.append(
+            MemorySample(state, rank, measured.largest, measured.allocated, measured.reserved, labels=measured.labels)
+        )
     models.keep(
         fit_profile(
             models.key(memory),

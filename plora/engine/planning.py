@@ -18,6 +18,7 @@ from plora.planner import Load, Plan, PlannedJob, Problem, check_plan, load_tria
 from plora.planner.costs import ROWS_AT_A_TIME
 from plora.profiler import MemoryModel, StepCost, find_gpu, format_bytes
 from plora.search.trial import DEFAULT_TRIAL, Trial
+from plora.training.graphs import launch_bound_tokens
 from plora.training.live import evaluation_steps
 from plora.training.loss import can_compile, chunk_rows
 from plora.training.scorers import LABEL_ACCURACY
@@ -236,8 +237,15 @@ def memory_models(config: SweepConfig, spec: ModelSpec, device: torch.device) ->
         moments=config.packing.optimizer_state,
         loss_chunk=chunk_rows(spec.vocab_size, device),
         compiled=can_compile(device),
+        graph_tokens=_graph_tokens(config, spec, device),
     )
     return [plain, replace(plain, activation_checkpointing=True)] if wanted == "auto" else [plain]
+
+
+def _graph_tokens(config: SweepConfig, spec: ModelSpec, device: torch.device) -> int:
+    """Most tokens of a microbatch that would run as a CUDA graph."""
+    has_graphs = device.type == "cuda" and config.model.compute_dtype == "bf16" and config.packing.cuda_graphs
+    return launch_bound_tokens(spec) if has_graphs else 0
 
 
 def log_plan(planned: SweepPlan) -> None:

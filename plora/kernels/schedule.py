@@ -12,6 +12,7 @@ Shapes: ``K`` slots, ``T`` packed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,11 @@ class PieceList:
     def most_share(self) -> int:
         """The largest share of the work that a piece has, in 1/65536."""
         return int(self.records[:, 11].max(initial=0))
+
+    @property
+    def wide(self) -> int:
+        """How many pieces are of adapters of more than ``FUSED_RANKS`` ranks; they come first."""
+        return int((self.records[:, 5] > FUSED_RANKS).sum())
 
 
 def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool, members: int = 1) -> PieceList:
@@ -166,8 +172,14 @@ class DeviceTables:
         self._sums = torch.zeros(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
-    def update(self, tables: Tables) -> None:
-        """Make the lists for ``tables``; small copies that do not wait for the device."""
+    def update(self, tables: Tables, at_least: Sequence[int] | None = None) -> None:
+        """Make the lists for ``tables``; small copies that do not wait for the device.
+
+        Args:
+            tables: of the microbatch.
+            at_least: counts, as ``counts`` gave them, that the lists are filled up to with unused records.
+                Launches depend on the counts alone, so what was captured with some serves all that need no more.
+        """
         # One block for all rows of an adapter adds in a fixed order.
         deterministic = torch.are_deterministic_algorithms_enabled()
         rows = -(-max(int(tables.rows[-1]), 1) // TILE_ROWS) * TILE_ROWS if deterministic else RUN_ROWS
@@ -175,22 +187,36 @@ class DeviceTables:
         tiles = [pieces(tables, TILE_ROWS, TILE_RANKS, with_base=True, members=n) for n in groups]
         runs = [pieces(tables, rows, RUN_RANKS, with_base=False, members=n) for n in groups]
         walks = pieces(tables, WALK_ROWS, WALK_RANKS, with_base=False)
-        self._tiles = _written(self._tiles, [each.records for each in tiles])
-        self._runs = _written(self._runs, [each.records for each in runs])
-        self._walks = _written(self._walks, [walks.records])
-        tile_counts, run_counts = ([_rounded(len(each.records)) for each in lists] for lists in (tiles, runs))
-        walk_count = _rounded(len(walks.records))
-        run_blocks = max(runs[0].blocks, walks.blocks)
-        blocks = [each.blocks for each in tiles]
-        shares = [each.most_share for each in tiles]
-        first = [tile_counts[0], run_counts[0], walk_count, blocks[0], run_blocks]
-        wide = [int((each.records[:, 5] > FUSED_RANKS).sum()) for each in (runs[0], walks)]
-        self._counts.copy_(torch.tensor([*first, *tile_counts[1:], *run_counts[1:], *blocks[1:], *wide, *shares]))
-        partials = max(blocks[0] * MAX_SPLITS, max(blocks[1:]) * MAX_GROUP_SPLITS)
+        least = at_least or [0] * len(self._counts)
+        wide = [max(_rounded(each.wide), count) for each, count in zip((runs[0], walks), least[11:13], strict=True)]
+        tile_counts = [_rounded(len(each.records)) for each in tiles]
+        run_counts = [_rounded(len(each.records)) for each in runs]
+        run_counts[0] = wide[0] + _rounded(len(runs[0].records) - runs[0].wide)
+        walk_count = wide[1] + _rounded(len(walks.records) - walks.wide)
+        blocks = [coarse(each.blocks) for each in tiles]
+        shares = [coarse(each.most_share) for each in tiles]
+        needed = [
+            tile_counts[0], run_counts[0], walk_count, blocks[0], coarse(max(runs[0].blocks, walks.blocks)),
+            *tile_counts[1:], *run_counts[1:], *blocks[1:], *wide, *shares,
+        ]  # fmt: skip
+        counts = [max(pair) for pair in zip(needed, least, strict=True)]
+        # The shares bound how many blocks a launch has; a piece that asks for more makes do with those.
+        counts[13:] = [known if 2 * known >= own else own for known, own in zip(least[13:], shares, strict=True)]
+        self._counts.copy_(torch.tensor(counts))
+        tile_counts, run_counts = [counts[0], *counts[5:7]], [counts[1], *counts[7:9]]
+        self._tiles = _written(self._tiles, tiles, tile_counts)
+        self._runs = _written(self._runs, runs, run_counts, wide[0])
+        self._walks = _written(self._walks, [walks], counts[2:3], wide[1])
+        partials = max(counts[3] * MAX_SPLITS, max(counts[9:11]) * MAX_GROUP_SPLITS)
         self._partials = _at_least(self._partials, partials * SCRATCH_BLOCK)
         # Twice, because swiglu_grad makes dh of two linears at a time.
-        self._sums = _at_least(self._sums, 2 * run_blocks * SCRATCH_BLOCK)
-        self._counters = _at_least(self._counters, max(*tile_counts, run_counts[0], CLUSTER * walk_count))
+        self._sums = _at_least(self._sums, 2 * counts[4] * SCRATCH_BLOCK)
+        self._counters = _at_least(self._counters, max(*tile_counts, run_counts[0], CLUSTER * counts[2]))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """What launches depend on beside shapes and addresses."""
+        return tuple(self._counts.tolist())
 
     def as_list(self) -> list[torch.Tensor]:
         """The form in which they cross the operator boundary: ``Work(*tables.as_list())``."""
@@ -214,16 +240,30 @@ def _rounded(count: int) -> int:
     return -(-count // _COUNT_STEP) * _COUNT_STEP
 
 
-def _written(table: torch.Tensor, lists: list[np.ndarray]) -> torch.Tensor:
-    """The lists one after the other, each followed by unused records, in ``table``'s memory or a larger one."""
-    starts = np.cumsum([0, *(_rounded(len(records)) for records in lists)])
-    count = int(starts[-1])
-    if count > len(table):
-        table = table.new_zeros(2 * count, PIECE_WORDS)
-    padded = torch.zeros(count, PIECE_WORDS, dtype=torch.int32, pin_memory=table.is_cuda)
-    for start, records in zip(starts[:-1].tolist(), lists, strict=True):
-        padded[start : start + len(records)] = torch.from_numpy(records)
-    table[:count].copy_(padded, non_blocking=True)
+def coarse(number: int) -> int:
+    """``number`` rounded up to one of eight values an octave, so that similar numbers become equal."""
+    step = 1 << max(0, number.bit_length() - 4)
+    return -(-number // step) * step
+
+
+def _written(table: torch.Tensor, lists: list[PieceList], counts: list[int], wide: int = 0) -> torch.Tensor:
+    """The lists one after the other in ``table``'s memory or a larger one, each filled up with unused records.
+
+    ``counts``: records of each list. ``wide``: of the first one, where the pieces begin that are not wide.
+    """
+    total = sum(counts)
+    if total > len(table):
+        table = table.new_zeros(2 * total, PIECE_WORDS)
+    padded = torch.zeros(total, PIECE_WORDS, dtype=torch.int32, pin_memory=table.is_cuda)
+    start = 0
+    for each, count in zip(lists, counts, strict=True):
+        records = torch.from_numpy(each.records)
+        first = each.wide if wide and start == 0 else 0
+        padded[start : start + first] = records[:first]
+        begin = start + wide if start == 0 else start
+        padded[begin : begin + len(records) - first] = records[first:]
+        start += count
+    table[:total].copy_(padded, non_blocking=True)
     return table
 
 

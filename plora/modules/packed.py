@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -173,6 +173,7 @@ class PackedAdapters(nn.Module):
         token_index: torch.Tensor | None = None,
         steps: Mapping[int, int] | None = None,
         dropout: bool | None = None,
+        work_counts: Sequence[int] | None = None,
     ) -> Iterator[None]:
         """Say which rows of the flattened input belong to which adapter, for the forwards inside.
 
@@ -186,6 +187,7 @@ class PackedAdapters(nn.Module):
                 keys its dropout mask. Default: rows counted from the adapter's first one.
             steps: the step of each slot, which keys its dropout mask. Default: a count of routes.
             dropout: whether dropout is on. Default: whether the model is in training mode.
+            work_counts: how much the kernels' launches have room for at least, see ``launch_key``.
 
         Raises:
             ValueError: if a row count is negative, or not zero for an empty slot.
@@ -195,7 +197,7 @@ class PackedAdapters(nn.Module):
         tables.rows[1:] = torch.tensor([*counts, base_tokens]).cumsum(0)
         self._set_dropout(self.training if dropout is None else dropout, steps)
         shared.token_index = self._token_index(counts, base_tokens, token_index)
-        self._update_device_tables()
+        self._update_device_tables(work_counts)
         for adapter in self.adapters.values():
             adapter.attach_gradients()
         if self._weights_version() != self._version:
@@ -205,6 +207,28 @@ class PackedAdapters(nn.Module):
             yield
         finally:
             shared.routed.fill_(False)
+
+    @property
+    def work_counts(self) -> tuple[int, ...] | None:
+        """How much the kernels' launches of this route have room for; None where the kernels do not run."""
+        tables = self._shared.device_tables
+        return None if tables is None else tables.counts
+
+    @property
+    def launch_key(self) -> tuple[Hashable, ...]:
+        """What the kernels' launches of this route depend on beside ``work_counts`` and the shapes of activations.
+
+        A CUDA graph captured under one route may be replayed under another of the same key and counts: whatever
+        else differs, such as rows, ranks and dropout keys, is read from tensors that keep their place.
+        """
+        shared = self._shared
+        there = [] if shared.device_tables is None else shared.device_tables.as_list()
+        tensors = [self.arena.weight, shared.weight, shared.gradients.tensor, shared.token_index, *there[1:]]
+        if self._device_offsets is not None:
+            tensors.append(self._device_offsets)
+        has_dropout = bool(shared.tables.limit.any())
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return (*(each.data_ptr() for each in tensors), self.capacity, shared.max_rank, has_dropout, deterministic)
 
     def refresh(self) -> None:
         """Bring the compute-dtype copy of the weights up to date.
@@ -320,11 +344,11 @@ class PackedAdapters(nn.Module):
             shared.device_tables = DeviceTables(device)
             self._device_offsets, self._offsets_version = self._offsets.to(device), -1
 
-    def _update_device_tables(self) -> None:
+    def _update_device_tables(self, work_counts: Sequence[int] | None) -> None:
         shared = self._shared
         if shared.device_tables is None or self._device_offsets is None:
             return
-        shared.device_tables.update(shared.tables)
+        shared.device_tables.update(shared.tables, work_counts)
         if self._offsets._version != self._offsets_version:
             self._device_offsets.copy_(upload(self._offsets, self.arena.device))
             self._offsets_version = self._offsets._version

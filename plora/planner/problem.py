@@ -257,7 +257,7 @@ def _remedies(problem: Problem, parts: MemoryParts) -> str:
         remedies.append("quantize: nf4")
     if memory.dtype == "fp32":
         remedies.append("dtype: bf16")
-    if parts.generation > parts.activations + parts.logits:
+    if parts.generation > parts.microbatch:
         remedies.append("fewer rows or new tokens in evaluation.generation")
     elif not memory.activation_checkpointing:
         remedies.append("activation_checkpointing: true")

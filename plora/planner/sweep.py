@@ -139,7 +139,8 @@ def _soonest(
         share = left if best is not None or _settled(problem, bounds) else 0.7 * left
         peft = one_at_a_time(problem.time, problem.memory, gpu)
         plan = make_plan(problem, peft=peft, time_limit=share, **options)
-        if best is None or plan.makespan < best[1].makespan:
+        # Not by what rounding makes of two equal times.
+        if best is None or plan.makespan < best[1].makespan * (1 - 1e-9):
             best = problem, plan
     assert best is not None
     return best

@@ -104,6 +104,11 @@ def _rounds(count: int, unit: int, longest: int) -> list[CalibrationRound]:
         _round(count, few, unit // 2, short, unit),
         _round(count, first, unit // 16, short, unit),
         _round(count, few, unit // 8, short, unit),
+        # Small ones, which take no time: where a round begins to cost more than its launches and its adapters' state.
+        _round(count, last, short, short, unit),
+        _round(count, everyone, max(count, unit // 32), short, unit),
+        _round(count, few, 3 * unit // 32, middle, unit),
+        _round(count, first, short, short, unit),
     ]
 
 

@@ -6,14 +6,14 @@ rounds of one shape scale the whole model, and rounds of many shapes tell its co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from plora.modules.config import AdapterConfig
-from plora.profiler.memory import MIB, MemoryModel, Saved
+from plora.profiler.memory import MIB, OVERHEAD, MemoryModel, MemoryParts, Saved
 from plora.profiler.time import StepCost
 
 # What it costs a coefficient to be twice the scaled prior's, in squared relative errors of rounds: as much as being 1%
@@ -22,9 +22,11 @@ PRIOR_WEIGHT = 1e-4
 NOISE_WEIGHT = 3.0
 # A coefficient that the prior takes for nothing may yet explain this part of a round.
 SHARE = 0.1
-# The same for the memory model's factor being off by one, and its constant by this many bytes.
-MEMORY_PRIOR_WEIGHT = 1e-7
-FIXED_BYTES = 100 * MIB
+# The same, for each measured peak, for the memory model's factor being off by one and for what libraries hold being off
+# by so many bytes. That is much the same on every GPU, and would else take in what the factor cannot explain; a CPU's
+# peaks are those of a whole process.
+ACTIVATIONS_WEIGHT = 1e-7
+LIBRARIES_WEIGHT, LIBRARY_BYTES = {"cuda": 1e-4, "cpu": 1e-7}, 100 * MIB
 
 COEFFICIENTS = (
     "floor", "per_microbatch", "per_token", "per_token_rank", "per_adapter", "per_param", "per_step", "per_label",
@@ -178,13 +180,32 @@ def _fit_cut(ordered: Sequence[RoundSample], cut: int, scaled: StepCost, weight:
     units = _units(ordered, scaled)
     matrix = np.vstack((np.array(rows) * units, np.eye(len(units)) * weight**0.5))
     target = np.concatenate((np.ones(len(ordered)), _values(scaled) / units * weight**0.5))
-    coefficients = non_negative(matrix, target) * units
-    # Rounds above the floor say only that it is no higher than the fastest of them.
-    above = ordered[cut:]
-    fastest = min((s.seconds / s.microbatches for s in above), default=float("inf"))
-    coefficients[0] = min(coefficients[0], fastest)
+    least = _least(ordered, scaled) / units
+    coefficients = (least + non_negative(matrix, target - matrix @ least)) * units
     fitted: dict[str, Any] = dict(zip(COEFFICIENTS, map(float, coefficients), strict=True))
-    return replace(scaled, **fitted)
+    return replace(scaled, **fitted | {"floor": _floor(ordered, cut, fitted)})
+
+
+def _least(samples: Sequence[RoundSample], scaled: StepCost) -> np.ndarray:
+    """What coefficients cannot be below.
+
+    The optimizer reads and writes every parameter, so its cost is known better than rounds can tell it from other costs
+    of an adapter: it is no less than the prior's, but no more than half of any round.
+    """
+    known = min(scaled.per_param, *(0.5 * sample.seconds / max(1.0, sample.params) for sample in samples))
+    return np.array([known if name == "per_param" else 0.0 for name in COEFFICIENTS])
+
+
+def _floor(ordered: Sequence[RoundSample], cut: int, fitted: Mapping[str, float]) -> float:
+    """The floor by the median of the first ``cut`` rounds: what the host takes for launches varies by a quarter.
+
+    Without any, all that is known is that it is no higher than the fastest round.
+    """
+    if cut == 0:
+        return min(fitted["floor"], min(s.seconds / s.microbatches for s in ordered))
+    beside = [s.params * fitted["per_param"] + fitted["per_step"] for s in ordered[:cut]]
+    left = [(s.seconds - more) / s.microbatches for s, more in zip(ordered, beside, strict=False)]
+    return max(0.0, float(np.median(left)))
 
 
 def non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -224,6 +245,7 @@ class MemorySample:
         peak_bytes: bytes allocated at the peak.
         reserved_bytes: bytes that the allocator held then; None where there is no such number.
         degree: tensor-parallel degree.
+        labels: labelled tokens of that microbatch; None where all are.
     """
 
     adapter_bytes: int
@@ -232,6 +254,7 @@ class MemorySample:
     peak_bytes: int
     reserved_bytes: int | None = None
     degree: int = 1
+    labels: int | None = None
 
     def __post_init__(self) -> None:
         if self.peak_bytes < 1 or self.tokens < 1:
@@ -245,12 +268,19 @@ class MemorySample:
         state = sum(model.adapter_bytes(each.rank, each.target_modules, degree) for each in adapters)
         return cls(state, max(each.rank for each in adapters), tokens, peak_bytes, degree=degree)
 
+    def predicted(self, model: MemoryModel) -> MemoryParts:
+        """What a memory model says of this pack."""
+        return model.parts_from_bytes(
+            self.adapter_bytes, self.tokens, self.max_rank, degree=self.degree, labels=self.labels
+        )
+
 
 def fit_memory(model: MemoryModel, samples: Sequence[MemorySample]) -> MemoryModel:
-    """The model corrected by measured peaks: ``peak = base + adapters + logits + f * activations + fixed``.
+    """The model corrected by measured peaks.
 
-    Least squares of relative errors, with a slight pull of ``f`` to one and of ``fixed`` to zero: samples of one size
-    move the factor. The allocator's share becomes the largest that was seen.
+    ``peak = base + adapters + libraries + f * activations + max(f * in flight, logits)``: ``f`` and ``libraries`` by
+    least squares of relative errors, neither negative, pulled slightly to one and to what is usual, so that samples of
+    one size move the factor. The allocator's share becomes the largest that was seen.
 
     Raises:
         ValueError: without samples.
@@ -258,22 +288,25 @@ def fit_memory(model: MemoryModel, samples: Sequence[MemorySample]) -> MemoryMod
     if not samples:
         raise ValueError("no measured peaks to calibrate the memory model with: measure at least one pack")
     plain = replace(model, calibration=Saved())
+    usual = OVERHEAD[plain.device]
     rows, rest, idle = [], [], []
     for s in samples:
-        parts = plain.parts_from_bytes(s.adapter_bytes, s.tokens, s.max_rank, degree=s.degree)
-        known = parts.base + parts.adapters + parts.logits + parts.activations
-        rows.append([parts.activations / s.peak_bytes, FIXED_BYTES / s.peak_bytes])
+        parts = s.predicted(plain)
+        known = parts.base + parts.adapters + (parts.logits if parts.logits >= parts.in_flight else 0)
+        scaled = parts.allocated - parts.libraries - known
+        rows.append([scaled / s.peak_bytes, LIBRARY_BYTES / s.peak_bytes])
         rest.append((s.peak_bytes - known) / s.peak_bytes)
         if s.reserved_bytes is not None:
-            idle.append((s.reserved_bytes - s.peak_bytes) / (parts.activations + parts.logits))
-    matrix = np.vstack((np.array(rows), np.eye(2) * (MEMORY_PRIOR_WEIGHT * len(rows)) ** 0.5))
-    solution = np.linalg.lstsq(matrix, np.array([*rest, 0.0, 0.0]), rcond=None)[0]
-    factor = max(0.05, 1 + float(solution[0]))
+            idle.append((s.reserved_bytes - s.peak_bytes - usual.fixed) / parts.microbatch)
+    pull = (len(rows) * np.array([ACTIVATIONS_WEIGHT, LIBRARIES_WEIGHT[plain.device]])) ** 0.5
+    prior = np.array([1.0, usual.libraries / LIBRARY_BYTES])
+    matrix = np.vstack((np.array(rows), np.diag(pull)))
+    factor, libraries = non_negative(matrix, np.concatenate((rest, prior * pull)))
     return replace(
         model,
         calibration=Saved(
-            activations=factor,
-            fixed=int(solution[1] * FIXED_BYTES),
+            activations=max(0.05, float(factor)),
+            libraries=int(libraries * LIBRARY_BYTES),
             idle=max(0.0, *idle) if idle else None,
         ),
     )

@@ -24,12 +24,15 @@ h of each adapted linear   e rank          the adapter's B
 the rotary rows that differ between q and k. With activation checkpointing a layer keeps its input alone (``e D``), and
 one layer at a time is held in full while it is recomputed. Where only some layers are, that one costs nothing: the last
 layer is not among them, and those before it are recomputed when others have been freed.
+
+All that is saved is alive twice: while the loss holds its logits, and when they are gone while the last layer is
+differentiated. The larger of the two makes the peak.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from plora.modules.config import ALL_LINEAR, AdapterConfig
@@ -50,25 +53,29 @@ STATE_BYTES = {"exact": 4 + 4 + 4 + 4, "8bit": 4 + 4 + 1 + 1 + 2 * 4 / 256}
 class Overhead(NamedTuple):
     """What the allocator and the libraries take on top of the tensors alive."""
 
-    fixed: int  # bytes: library workspaces, gradients' staging, small buffers
-    fraction: float  # of activations and logits: blocks that are rounded up or lie idle
+    libraries: int  # bytes that libraries hold as tensors: on a GPU cuBLAS, 32 MiB for each thread that calls it
+    fixed: int  # bytes beside tensors: kernels' code, small buffers
+    fraction: float  # of a microbatch's bytes: blocks that are rounded up or lie idle
 
 
-OVERHEAD = {"cuda": Overhead(256 * MIB, 0.04), "cpu": Overhead(256 * MIB, 0.05)}
+OVERHEAD = {"cuda": Overhead(96 * MIB, 256 * MIB, 0.04), "cpu": Overhead(0, 256 * MIB, 0.05)}
+# Bytes per token and rank of the packed kernels' workspace (``kernels/schedule.py``), if all tokens were of the largest
+# rank.
+WORKSPACE_BYTES = 104
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Calibration of the analytic model: measured over predicted. All 1 where nothing was measured.
+    """Calibration of the analytic model, by what was measured.
 
     Args:
-        activations: factor on the bytes that grow with the microbatch's tokens.
-        fixed: bytes added whatever the pack is.
-        idle: the allocator's share as a part of activations and logits; None for what is usual.
+        activations: factor on the bytes that grow with the microbatch's tokens, logits left out: those are known.
+        libraries: bytes that are held whatever the pack is; None for what is usual.
+        idle: the allocator's share as a part of a microbatch's bytes; None for what is usual.
     """
 
     activations: float = 1.0
-    fixed: int = 0
+    libraries: int | None = None
     idle: float | None = None
 
 
@@ -76,20 +83,28 @@ class Saved:
 class MemoryParts:
     """Predicted bytes of a pack on each of its devices, by part.
 
-    Training and generation do not overlap, so only the larger of them counts.
+    Training and generation do not overlap, so only the larger of them counts; likewise the logits and the gradients
+    that are in flight in the backward pass.
     """
 
     base: int
     adapters: int
+    libraries: int
     activations: int
+    in_flight: int
     logits: int
     generation: int
     overhead: int
 
     @property
+    def microbatch(self) -> int:
+        """Peak bytes of one microbatch's training."""
+        return self.activations + max(self.in_flight, self.logits)
+
+    @property
     def allocated(self) -> int:
         """Peak bytes of the tensors alive."""
-        return self.base + self.adapters + max(self.activations + self.logits, self.generation)
+        return self.base + self.adapters + self.libraries + max(self.microbatch, self.generation)
 
     @property
     def total(self) -> int:
@@ -99,11 +114,13 @@ class MemoryParts:
     def describe(self) -> str:
         """One line: ``base weights 14.2 GiB + adapters 650 MiB + ... = 20.1 GiB``."""
         sizes = {"base weights": self.base, "adapters": self.adapters}
-        if self.generation > self.activations + self.logits:
+        if self.generation > self.microbatch:
             sizes["generation"] = self.generation
+        elif self.in_flight > self.logits:
+            sizes["activations"] = self.microbatch
         else:
             sizes |= {"activations": self.activations, "logits": self.logits}
-        sizes["allocator"] = self.overhead
+        sizes["allocator and libraries"] = self.overhead + self.libraries
         return (
             " + ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
             + f" = {format_bytes(self.total)}"
@@ -114,7 +131,8 @@ class MemoryParts:
 class MemoryModel:
     """Bytes a pack needs per device, from the model's dimensions alone.
 
-    ``total(d) = base / d + sum_i adapter_i(d) + max(activations(T) / d + logits, generation) + overhead``.
+    ``total(d) = base / d + sum_i adapter_i(d) + libraries + max(microbatch(T), generation) + overhead`` with
+    ``microbatch(T) = activations(T) / d + max(in flight(T), logits) / d``.
     Tensor parallelism leaves norms' inputs and outputs (width D) whole on every device and divides the rest.
 
     Args:
@@ -125,11 +143,14 @@ class MemoryModel:
         quantize: ``nf4`` for 4-bit linear layers of the base, or None.
         moments: ``exact`` (fp32) or ``8bit`` optimizer moments.
         loss_chunk: rows of logits computed at a time by the loss.
-        compiled: layers are compiled, see the table above.
+        compiled: layers and loss are compiled, see the table above.
+        graph_tokens: microbatches of up to so many tokens run as CUDA graphs where memory is left for it. What the
+            largest of them takes lies in a pool of its own; no part counts it, since it can be given up.
         calibration: measured corrections.
 
     Raises:
-        ValueError: for a dtype, device, quantisation or moments that do not exist, or more layers than there are.
+        ValueError: for a dtype, device, quantisation or moments that do not exist, more layers than there are, a
+            ``loss_chunk`` below one or negative ``graph_tokens``.
     """
 
     spec: ModelSpec
@@ -140,6 +161,7 @@ class MemoryModel:
     moments: str = "exact"
     loss_chunk: int = 1024
     compiled: bool = False
+    graph_tokens: int = 0
     calibration: Saved = Saved()
 
     def __post_init__(self) -> None:
@@ -158,6 +180,8 @@ class MemoryModel:
             )
         if self.loss_chunk < 1:
             raise ValueError(f"loss_chunk must be at least 1 row, got {self.loss_chunk}")
+        if self.graph_tokens < 0:
+            raise ValueError(f"graph_tokens must not be negative, got {self.graph_tokens}; 0 is for no CUDA graphs")
 
     @property
     def element(self) -> int:
@@ -212,7 +236,7 @@ class MemoryModel:
         return whole + rotary + ranks + (attention + ffn) / degree
 
     def activation_bytes(self, tokens: int, max_rank: int = 0, degree: int = 1) -> int:
-        """Bytes of activations at the peak of a microbatch's backward pass, logits left out.
+        """Bytes that a microbatch saves for its backward pass.
 
         Args:
             tokens: tokens of the microbatch.
@@ -220,19 +244,32 @@ class MemoryModel:
             degree: tensor-parallel degree.
         """
         spec, e = self.spec, self.element
-        layer = self.layer_bytes_per_token(max_rank, degree)
-        # In flight while a layer is differentiated: gradients of the product, gate and up, of its input and output.
-        in_flight = e * (3 * spec.ffn_dim / degree + 3 * spec.dim)
         ends = (2 * e + 4) * spec.dim + 32  # embedding, final norm, gradient of the hidden states; token tables
+        workspace = WORKSPACE_BYTES * max_rank if self.device == "cuda" else 0
         recomputed = self.recomputed_layers
-        held = max(1, spec.num_layers - recomputed)
-        layers = recomputed * e * spec.dim + held * layer
-        return int(tokens * (layers + in_flight + ends) * self.calibration.activations)
+        layers: float = recomputed * e * spec.dim
+        layers += (spec.num_layers - recomputed) * self.layer_bytes_per_token(max_rank, degree)
+        return int(tokens * (layers + ends + workspace) * self.calibration.activations)
 
-    def logits_bytes(self, tokens: int, degree: int = 1) -> int:
-        """Bytes of one chunk of logits, its fp32 copy and gradient."""
-        rows = min(tokens, self.loss_chunk)
-        return int(rows * self.spec.vocab_size * (self.element + 8) / degree)
+    def in_flight_bytes(self, tokens: int, max_rank: int = 0, degree: int = 1) -> int:
+        """Bytes of what a layer makes while it is differentiated; arguments as `activation_bytes`."""
+        # The product of gate and up, its gradient, and theirs.
+        in_flight = self.element * 4 * self.spec.ffn_dim / degree
+        if self.recomputed_layers == self.spec.num_layers:
+            in_flight += self.layer_bytes_per_token(max_rank, degree)
+        return int(tokens * in_flight * self.calibration.activations)
+
+    def logits_bytes(self, tokens: int, degree: int = 1, labels: int | None = None) -> int:
+        """Bytes of a chunk of logits and its gradient; eager, of two fp32 copies too.
+
+        Args:
+            tokens: tokens of the microbatch.
+            degree: tensor-parallel degree.
+            labels: how many of them are labelled, for only those have logits; None where all may be.
+        """
+        rows = tokens if labels is None else min(labels, tokens)
+        per_logit = 2 * self.element if self.compiled else self.element + 8
+        return int(min(rows, self.loss_chunk) * per_logit * self.spec.vocab_size / degree)
 
     def generation_bytes(self, rows: int, length: int, degree: int = 1) -> int:
         """Bytes of packed generation: the cache of ``rows`` sequences of ``length`` tokens, and their logits."""
@@ -247,6 +284,7 @@ class MemoryModel:
         *,
         degree: int = 1,
         generation: tuple[int, int] = (0, 0),
+        labels: int | None = None,
     ) -> MemoryParts:
         """Predicted bytes of a pack on each of its ``degree`` devices.
 
@@ -255,12 +293,12 @@ class MemoryModel:
             tokens: token budget of a microbatch.
             degree: tensor-parallel degree.
             generation: rows and length of packed generation, ``(0, 0)`` for none.
+            labels: labelled tokens of the microbatch; None where all may be, as a plan has to assume.
         """
         adapters = list(adapters)
         state = sum(self.adapter_bytes(a.rank, a.target_modules, degree) for a in adapters)
-        return self.parts_from_bytes(
-            state, tokens, max((a.rank for a in adapters), default=0), degree=degree, generation=generation
-        )
+        rank = max((a.rank for a in adapters), default=0)
+        return self.parts_from_bytes(state, tokens, rank, degree=degree, generation=generation, labels=labels)
 
     def parts_from_bytes(
         self,
@@ -270,21 +308,35 @@ class MemoryModel:
         *,
         degree: int = 1,
         generation: tuple[int, int] = (0, 0),
+        labels: int | None = None,
     ) -> MemoryParts:
         """The same from the adapters' summed bytes: what the planner calls many times."""
-        activations = self.activation_bytes(tokens, max_rank, degree)
-        logits = self.logits_bytes(tokens, degree)
-        generated = self.generation_bytes(*generation, degree) if generation[0] else 0
-        overhead = OVERHEAD[self.device]
-        idle = overhead.fraction if self.calibration.idle is None else self.calibration.idle
-        return MemoryParts(
+        usual, measured = OVERHEAD[self.device], self.calibration
+        parts = MemoryParts(
             base=self.base_bytes(degree),
             adapters=adapter_bytes,
-            activations=activations,
-            logits=logits,
-            generation=generated,
-            overhead=overhead.fixed + self.calibration.fixed + int(idle * max(activations + logits, generated)),
+            libraries=usual.libraries if measured.libraries is None else measured.libraries,
+            activations=self.activation_bytes(tokens, max_rank, degree),
+            in_flight=self.in_flight_bytes(tokens, max_rank, degree),
+            logits=self.logits_bytes(tokens, degree, labels),
+            generation=self.generation_bytes(*generation, degree) if generation[0] else 0,
+            overhead=0,
         )
+        idle = usual.fraction if measured.idle is None else measured.idle
+        overhead = usual.fixed + int(idle * max(parts.microbatch, parts.generation))
+        return replace(parts, overhead=overhead)
+
+    def graph_bytes(self, tokens: int, max_rank: int, degree: int = 1) -> int:
+        """Bytes of the CUDA graphs' pool once they were captured for microbatches of up to ``tokens``."""
+        transient = max(self.in_flight_bytes(tokens, max_rank, degree), self.logits_bytes(tokens, degree))
+        return self.activation_bytes(tokens, max_rank, degree) + transient
+
+    def graph_tokens_within(self, spare_bytes: int, max_rank: int, degree: int = 1) -> int:
+        """Most tokens of microbatches that may run as CUDA graphs with so much memory to spare; 0 for none."""
+        tokens = self.graph_tokens
+        while tokens and self.graph_bytes(tokens, max_rank, degree) > spare_bytes:
+            tokens //= 2
+        return tokens
 
     def adapter_room(
         self,

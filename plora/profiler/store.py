@@ -18,7 +18,7 @@ from plora.profiler.fit import MemorySample, RoundSample, fit_memory, fit_time, 
 from plora.profiler.memory import MemoryModel, Saved
 from plora.profiler.time import StepCost, TimeModel
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 # Measurements kept: the newest of each kind.
 MOST_ROUNDS = 64
 MOST_PEAKS = 32
@@ -36,7 +36,7 @@ class ProfileKey:
     Args:
         device: the name its driver gives, or ``cpu``.
         model: the base model's name.
-        dtype: compute dtype with quantisation and checkpointing, e.g. ``bf16+nf4+checkpointing28``.
+        dtype: compute dtype with what else the layers run with, e.g. ``bf16+nf4+checkpointing28+compiled+graphs``.
         torch: torch's version.
         backend: of the packed products, ``cuda`` or ``reference``.
     """
@@ -128,6 +128,8 @@ def profile_key(device: str, memory: MemoryModel, torch: str, backend: str = "re
         parts.append(f"checkpointing{memory.recomputed_layers}")
     if memory.compiled:
         parts.append("compiled")
+    if memory.graph_tokens:
+        parts.append("graphs")
     if memory.moments != "exact":
         parts.append(memory.moments)
     return ProfileKey(device, memory.spec.name, "+".join(parts), torch, backend)

@@ -20,13 +20,15 @@ class TokenBudget:
     Args:
         tokens: the budget to begin with.
         purpose: what it is for, for the log.
+        relief: frees memory that can be done without, and says whether there was any; tried before halving.
     """
 
-    def __init__(self, tokens: int, purpose: str) -> None:
+    def __init__(self, tokens: int, purpose: str, relief: Callable[[], bool] | None = None) -> None:
         if tokens < 1:
             raise ValueError(f"the token budget of {purpose} must be at least 1, got {tokens}")
         self.tokens = tokens
         self.purpose = purpose
+        self._relief = relief
 
     def run(self, attempt: Callable[[int], Result], smallest: int) -> Result:
         """``attempt(tokens)``, again with half the tokens whenever memory runs out.
@@ -42,12 +44,15 @@ class TokenBudget:
             try:
                 return attempt(self.tokens)
             except torch.OutOfMemoryError:
-                if self.tokens <= smallest:
+                relieved = self._relief is not None and self._relief()
+                if self.tokens <= smallest and not relieved:
                     raise
             # Here and not in the handler: there the traceback keeps the failed attempt's tensors alive.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if relieved:
+                continue
             before, self.tokens = self.tokens, max(smallest, self.tokens // 2)
             log.warning(
                 "out of memory during %s with %d tokens at a time: going on with %d", self.purpose, before, self.tokens

@@ -24,6 +24,7 @@ from plora.modules.targets import select
 from plora.search.trial import Trial
 from plora.training.budget import TokenBudget
 from plora.training.evaluation import BASE, validation_losses
+from plora.training.graphs import small_microbatches
 from plora.training.live import LiveTrial, evaluation_steps
 from plora.training.loss import can_compile
 from plora.training.metrics import Score
@@ -89,8 +90,13 @@ class PackJob:
         self.settings = settings or JobSettings()
         self.listener = listener or Silence()
         self.optimizer = PackedAdamW(packed, self.settings.optimizer_state)
-        self.budget = TokenBudget(self.settings.token_budget, "training")
-        self.eval_budget = TokenBudget(self.settings.eval_token_budget or self.settings.token_budget, "evaluation")
+        compile_loss = self.settings.compile_loss
+        self._compile_loss = can_compile(base.device) if compile_loss is None else compile_loss
+        self._graphs = small_microbatches(base, packed, self.settings.graph_tokens, compile_loss=self._compile_loss)
+        relief = None if self._graphs is None else self._graphs.release
+        self.budget = TokenBudget(self.settings.token_budget, "training", relief)
+        eval_tokens = self.settings.eval_token_budget or self.settings.token_budget
+        self.eval_budget = TokenBudget(eval_tokens, "evaluation", relief)
         self.times = JobTimes()
         self._scorers = (Scorer(VAL_LOSS, self._validation_losses, self.settings.eval_every), *scorers)
         self._waiting = list(trials)
@@ -100,8 +106,11 @@ class PackJob:
         self._queued: _Round | None = None
         self._rounds = 0
         self._example_tokens = _mean_lengths(tasks)
-        compile_loss = self.settings.compile_loss
-        self._compile_loss = can_compile(base.device) if compile_loss is None else compile_loss
+
+    @property
+    def graph_bytes(self) -> int:
+        """What the CUDA graphs' pool took."""
+        return self._graphs.pool_bytes if self._graphs else 0
 
     def run(self) -> list[TrialResult]:
         """Train every trial to its end.
@@ -171,6 +180,7 @@ class PackJob:
         counts = {slot: sum(len(example) for example in batch) for slot, batch in batches.items()}
         work = work_of(self.packed, batches)
         done = {each.slot: each.step for each in live}
+        padding = self._graphs.padding if self._graphs else 0
         losses, n_microbatches = self.budget.run(
             lambda tokens: batch_gradients(
                 self.base,
@@ -180,9 +190,11 @@ class PackJob:
                 tokens,
                 compile_loss=self._compile_loss,
                 zero_grad=self.optimizer.zero_grad_,
+                graphs=self._graphs,
             ),
             smallest=max(len(example) for batch in batches.values() for example in batch),
         )
+        padding = self._graphs.padding - padding if self._graphs else 0
         outcome = self.optimizer.step(rates, losses)
         readback.send(torch.stack((losses, outcome.grad_norm, outcome.skipped)))
         steps = []
@@ -192,7 +204,7 @@ class PackJob:
             steps.append((each, StepRecord(each.step, each.total, math.nan, lr, math.nan, tokens, skipped=False)))
         self._rounds += 1
         record = RoundRecord(
-            self._rounds, work["tokens"], 0, n_microbatches, 0.0, len(live), self._tokens_left(),
+            self._rounds, work["tokens"], padding, n_microbatches, 0.0, len(live), self._tokens_left(),
             token_rank=work["token_rank"], labels=work["labels"], squares=work["squares"], params=work["params"],
         )  # fmt: skip
         return _Round(record, steps, readback)

@@ -140,6 +140,7 @@ def hidden_gradient(
         (d_x,) = torch.autograd.grad(logits, x, d_logits)
         d_hidden[rows[piece]] = d_x
         sums.index_add_(0, slots[piece], row_losses * weight[piece])
+        del logits, d_logits  # before the next chunk's are made
     return sums, d_hidden
 
 

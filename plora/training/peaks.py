@@ -26,6 +26,7 @@ class PeakMemory:
         self._is_cuda = device.type == "cuda"
         self._device = device
         self._before = _resident("VmRSS") or 0
+        self._idle = 0
 
     def reset(self) -> None:
         """Forget peaks before now, and give idle blocks back so that they count for nobody."""
@@ -33,6 +34,8 @@ class PeakMemory:
         if self._is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
+            # What is idle still, CUDA graphs hold.
+            self._idle = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             return
         _trim()
         try:
@@ -50,8 +53,8 @@ class PeakMemory:
 
     @property
     def reserved(self) -> int | None:
-        """Most bytes that torch's allocator held; None on a CPU."""
-        return torch.cuda.max_memory_reserved(self._device) if self._is_cuda else None
+        """Most bytes that torch's allocator held, but for CUDA graphs made before ``reset``; None on a CPU."""
+        return torch.cuda.max_memory_reserved(self._device) - self._idle if self._is_cuda else None
 
 
 def _trim() -> None:

@@ -20,6 +20,7 @@ from plora.modules.packed import pack_adapters
 from plora.training.budget import TokenBudget
 from plora.training.evaluation import validation_losses
 from plora.training.generation import Prompt, generate
+from plora.training.graphs import MicrobatchGraphs, small_microbatches
 from plora.training.loss import can_compile, forget_compiled
 from plora.training.optimizer import AdamWConfig, PackedAdamW
 from plora.training.peaks import PeakMemory
@@ -71,10 +72,16 @@ class PackProbe:
         ranks: of the adapters, each on all linear layers.
         peaks: counts memory; made before the base was loaded, so that the base counts.
         optimizer_state: see `PackedAdamW`.
+        graph_tokens: see `JobSettings`.
     """
 
     def __init__(
-        self, base: BaseModel, ranks: Sequence[int], peaks: PeakMemory, optimizer_state: str = "exact"
+        self,
+        base: BaseModel,
+        ranks: Sequence[int],
+        peaks: PeakMemory,
+        optimizer_state: str = "exact",
+        graph_tokens: int | None = None,
     ) -> None:
         began = time.perf_counter()
         self.base, self._peaks = base, peaks
@@ -85,6 +92,7 @@ class PackProbe:
         self._compiled = can_compile(base.device)
         if self._compiled:
             base.compile_layers()
+        self._graphs = small_microbatches(base, self.packed, graph_tokens, compile_loss=self._compiled)
         self._random = np.random.default_rng(0)
         self.pack_seconds = time.perf_counter() - began
 
@@ -124,7 +132,10 @@ class PackProbe:
             if own
         }
         self._peaks.reset()
-        warmups = self._warm_up(batches, token_budget)
+        # Before any graph: a replayed one allocates nothing.
+        warmups = [self._queue(batches, token_budget, None)[0].wait()[1]] if self._compiled else []
+        allocated, reserved = self._peaks.allocated, self._peaks.reserved
+        warmups += self._warm_up(batches, token_budget)
         runs, count = self._steady_runs(batches, token_budget, repeats)
         # What else runs on a CPU only ever adds.
         steady = statistics.median(runs) if self._compiled else min(runs)
@@ -136,8 +147,8 @@ class PackProbe:
             seconds=steady,
             warmup_seconds=sum(max(0.0, seconds - steady) for seconds in warmups),
             largest=max(longest, -(-work["tokens"] // count)),
-            allocated=self._peaks.allocated,
-            reserved=self._peaks.reserved,
+            allocated=allocated if self._compiled else self._peaks.allocated,
+            reserved=reserved,
         )
 
     def evaluation(self, tokens: int, length: int, labelled: float = 1.0) -> tuple[float, float]:
@@ -169,9 +180,11 @@ class PackProbe:
     def _warm_up(self, batches: Mapping[int, Sequence[Example]], token_budget: int) -> list[float]:
         """Run until runs no longer get shorter: never on a CPU, where nothing is compiled."""
         runs: list[float] = []
+        # The second run of a new shape captures its graph.
+        fewest = 2 if self._graphs is None else 3
         while self._compiled and len(runs) < _MOST_WARMUPS:
-            runs.append(self._queue(batches, token_budget)[0].wait()[1])
-            if len(runs) > 1 and runs[-1] > min(runs[:-1]) / _SETTLED:
+            runs.append(self._queue(batches, token_budget, self._graphs)[0].wait()[1])
+            if len(runs) >= fewest and runs[-1] > min(runs[:-1]) / _SETTLED:
                 break
         return runs
 
@@ -179,16 +192,18 @@ class PackProbe:
         self, batches: Mapping[int, Sequence[Example]], token_budget: int, repeats: int
     ) -> tuple[list[float], int]:
         """Seconds of each run, the next queued before the last is read as in a job, and the microbatches of one."""
-        waiting, count = self._queue(batches, token_budget)
+        waiting, count = self._queue(batches, token_budget, self._graphs)
         runs: list[Readback] = []  # the first run is left out: it found the device idle, or memory not yet mapped
         while len(runs) < repeats:
-            following, count = self._queue(batches, token_budget)
+            following, count = self._queue(batches, token_budget, self._graphs)
             waiting.wait()
             runs.append(following)
             waiting = following
         return [run.wait()[1] for run in runs], count
 
-    def _queue(self, batches: Mapping[int, Sequence[Example]], token_budget: int) -> tuple[Readback, int]:
+    def _queue(
+        self, batches: Mapping[int, Sequence[Example]], token_budget: int, graphs: MicrobatchGraphs | None
+    ) -> tuple[Readback, int]:
         """Queue one round and its step; its numbers to come, and its microbatches."""
         steps = dict.fromkeys(batches, 0)
         readback = Readback(self.base.device)
@@ -200,6 +215,7 @@ class PackProbe:
             token_budget,
             compile_loss=self._compiled,
             zero_grad=self._optimizer.zero_grad_,
+            graphs=graphs,
         )
         outcome = self._optimizer.step(dict.fromkeys(batches, (1e-4, 1e-4)), losses)
         readback.send(torch.stack((losses, outcome.grad_norm, outcome.skipped)))

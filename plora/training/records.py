@@ -48,6 +48,8 @@ class JobSettings:
         patience: steps in a row with a non-finite loss or gradient after which a trial has diverged.
         optimizer_state: ``exact`` or ``8bit`` moments, see `PackedAdamW`.
         compile_loss: fuse the loss with ``torch.compile``; None for where that works and pays.
+        graph_tokens: most tokens of a microbatch that runs as a CUDA graph, which takes the memory of its activations
+            once more; None for those whose kernels take longer to launch than to run, 0 for none.
     """
 
     token_budget: int = 8192
@@ -60,6 +62,7 @@ class JobSettings:
     patience: int = 3
     optimizer_state: str = "exact"
     compile_loss: bool | None = None
+    graph_tokens: int | None = None
 
 
 @dataclass(frozen=True)

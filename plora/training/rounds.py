@@ -12,10 +12,10 @@ import torch
 
 from plora.data.microbatch import pack
 from plora.data.types import Example, Microbatch
-from plora.models.attention import PackedSequences
 from plora.models.base import BaseModel
 from plora.modules.packed import PackedAdapters
-from plora.training.loss import backward_cross_entropy, chunk_rows
+from plora.training.graphs import MicrobatchGraphs, differentiate
+from plora.training.inputs import Inputs
 
 
 def batch_gradients(
@@ -27,6 +27,7 @@ def batch_gradients(
     *,
     compile_loss: bool = False,
     zero_grad: Callable[[], None] | None = None,
+    graphs: MicrobatchGraphs | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Put the gradients of one whole batch per slot into the arena, in place of what was there.
 
@@ -38,6 +39,7 @@ def batch_gradients(
         token_budget: most tokens of a microbatch.
         compile_loss: see `backward_cross_entropy`.
         zero_grad: zeroes the gradients first. Default: the pack's; `PackedAdamW.zero_grad_` knows when they are zero.
+        graphs: runs the microbatches that it takes.
 
     Returns:
         Each slot's mean loss over the label tokens of its batch, fp32 ``[K]``, and the number of microbatches.
@@ -47,7 +49,10 @@ def batch_gradients(
     losses = torch.zeros(packed.capacity, device=base.device)
     microbatches = pack(batches, token_budget)
     for microbatch in microbatches:
-        losses += forward_backward(base, packed, microbatch, n_labels, steps, compile_loss=compile_loss)
+        if graphs is not None and graphs.takes(microbatch):
+            losses += graphs.forward_backward(microbatch, n_labels, steps)
+        else:
+            losses += forward_backward(base, packed, microbatch, n_labels, steps, compile_loss=compile_loss)
     return losses, len(microbatches)
 
 
@@ -90,28 +95,9 @@ def forward_backward(
         steps: the step of each slot, which keys its dropout.
         compile_loss: see `backward_cross_entropy`.
     """
-    device, rows = base.device, microbatch.label_rows
-    slots = torch.tensor(list(microbatch.slot_labels)).repeat_interleave(
-        torch.tensor(list(microbatch.slot_labels.values()))
-    )
-    share = torch.zeros(packed.capacity)
-    for slot in microbatch.slot_labels:
-        share[slot] = 1 / n_labels[slot]
-    sequences = PackedSequences.from_lengths(microbatch.lengths, device)
-    index = _send(microbatch.token_index, device)
-    with packed.route(microbatch.slot_tokens, token_index=index, steps=steps, dropout=True):
-        hidden = base.hidden_states(_send(microbatch.tokens, device), _send(microbatch.positions, device), sequences)
-        return backward_cross_entropy(
-            base.logits,
-            hidden,
-            _send(rows, device),
-            _send(microbatch.labels[rows], device),
-            _send(share[slots], device),
-            _send(slots, device),
-            packed.capacity,
-            chunk=chunk_rows(base.spec.vocab_size, device),
-            compiled=compile_loss,
-        )
+    inputs = Inputs.of(microbatch, n_labels).to(base.device)
+    with packed.route(microbatch.slot_tokens, token_index=inputs.token_index, steps=steps, dropout=True):
+        return differentiate(base, packed, inputs, compile_loss=compile_loss)
 
 
 class Readback:
@@ -149,8 +135,3 @@ class Readback:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # From pageable memory the copy would wait for the work that is queued before it.
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -125,17 +125,17 @@ def test_lists_of_a_group_are_found_in_the_tables(members):
     assert length <= count < length + 8
     assert np.array_equal(work.tiles[first : first + length].numpy(), expected.records)
     assert not work.tiles[first + length : first + count].any()
-    assert blocks == expected.blocks
-    assert work.most_share_of(members) == expected.records[:, 11].max()
+    assert expected.blocks <= blocks <= 1.125 * expected.blocks
+    assert 1 <= work.most_share_of(members) / expected.records[:, 11].max() <= 1.125
     splits = MAX_SPLITS if members == 1 else MAX_GROUP_SPLITS
     assert len(work.partials) >= blocks * splits * SCRATCH_BLOCK
     assert len(work.counters) >= count
     first, count = work.runs_of(members)
     expected = pieces(made, RUN_ROWS, RUN_RANKS, with_base=False, members=members)
-    length = len(expected.records)
-    assert length <= count < length + 8
-    assert np.array_equal(work.runs[first : first + length].numpy(), expected.records)
-    assert not work.runs[first + length : first + count].any()
+    found = work.runs[first : first + count].numpy()
+    assert len(expected.records) <= count < len(expected.records) + 16
+    assert np.array_equal(found[found[:, 2] > 0], expected.records)
+    assert not found[found[:, 2] == 0].any()
 
 
 def test_adapters_too_wide_to_fuse_come_first():
@@ -145,9 +145,34 @@ def test_adapters_too_wide_to_fuse_come_first():
     for table, count, wide in ((work.runs, 1, 11), (work.walks, 2, 12)):
         ranks = table[: int(work.counts[count]), 5]
         first = int(work.counts[wide])
-        assert (ranks[:first] > FUSED_RANKS).all()
+        used = ranks[:first] > 0
+        assert (ranks[:first][used] > FUSED_RANKS).all()
         assert (ranks[first:] <= FUSED_RANKS).all()
-        assert 0 < first < len(ranks)
+        assert 0 < used.sum() < used.sum() + (ranks[first:] > 0).sum() < len(ranks)
+
+
+def test_counts_of_another_microbatch_are_kept_where_it_needs_no_more():
+    large, small = tables(), tables(counts=[n // 2 for n in COUNTS], base=600)
+    device, plain = DeviceTables(torch.device("cpu")), DeviceTables(torch.device("cpu"))
+    device.update(large)
+    counts = device.counts
+    device.update(small, counts)
+    plain.update(small)
+    assert device.counts == counts
+    for members in (1, 2, 3):
+        for which in ("tiles", "runs"):
+            found = [used(Work(*each.as_list()), which, members) for each in (device, plain)]
+            assert torch.equal(*found)
+    device.update(large, plain.counts)
+    assert device.counts[:13] >= counts[:13]
+    assert device.counts != plain.counts
+
+
+def used(work, which, members):
+    """The pieces of a list that have rows."""
+    first, count, *_ = getattr(work, f"{which}_of")(members)
+    records = getattr(work, which)[first : first + count]
+    return records[records[:, 2] > 0]
 
 
 def test_no_rows():

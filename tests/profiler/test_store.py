@@ -30,7 +30,7 @@ PROFILE = Profile(
     Saved(1.1, 5),
     "2026-11-21",
     (RoundSample(100, 800, 1, 1e6, 1, 0.5, 20.0, 1e4), RoundSample(900, 800, 2, 1e6, 1, 0.9)),
-    (MemorySample(10**9, 8, 1024, 10**10, 11 * 10**9),),
+    (MemorySample(10**9, 8, 1024, 10**10, 11 * 10**9, labels=300),),
     {"save": 0.25},
 )
 
@@ -53,13 +53,14 @@ def test_every_part_of_the_key_tells_profiles_apart(tmp_path):
         profile_key("NVIDIA H100 80GB HBM3", replace(MEMORY, activation_checkpointing=True), "2.13.0"),
         profile_key("NVIDIA H100 80GB HBM3", replace(MEMORY, quantize="nf4"), "2.13.0"),
         profile_key("NVIDIA H100 80GB HBM3", replace(MEMORY, compiled=True), "2.13.0"),
+        profile_key("NVIDIA H100 80GB HBM3", replace(MEMORY, graph_tokens=512), "2.13.0"),
         profile_key("NVIDIA H100 80GB HBM3", replace(MEMORY, moments="8bit"), "2.13.0"),
         profile_key("NVIDIA H100 80GB HBM3", replace(MEMORY, activation_checkpointing=3), "2.13.0"),
         profile_key("NVIDIA H100 80GB HBM3", MEMORY, "2.13.0", "cuda"),
         profile_key("NVIDIA H100 80GB HBM3", replace(MEMORY, spec=replace(MEMORY.spec, name="b")), "2.13.0"),
     ]
     assert all(load_profile(key, tmp_path) is None for key in others)
-    assert len({key.filename for key in [KEY, *others]}) == 10
+    assert len({key.filename for key in [KEY, *others]}) == 11
 
 
 def test_applying_a_profile_keeps_estimates_of_what_was_not_measured():
@@ -70,7 +71,7 @@ def test_applying_a_profile_keeps_estimates_of_what_was_not_measured():
     assert time.source == "measured 2026-11-21"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 2, "key": 3}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 3, "key": 3}'])
 def test_a_damaged_file_is_named(tmp_path, text):
     path = save_profile(PROFILE, tmp_path)
     path.write_text(text)
@@ -80,7 +81,7 @@ def test_a_damaged_file_is_named(tmp_path, text):
 
 def test_a_profile_of_another_version_is_measured_anew(tmp_path):
     path = save_profile(PROFILE, tmp_path)
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
     assert load_profile(KEY, tmp_path) is None
 
 

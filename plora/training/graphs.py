@@ -1,0 +1,199 @@
+"""Small microbatches as CUDA graphs, which the host launches at once.
+
+A compiled layer's kernels take the host some milliseconds to launch, however few tokens there are; below some
+thousands of tokens, or tens of thousands of a small model, the device waits for them. So a microbatch is padded to
+one of few shapes, its inputs are copied to where the graph of that shape reads them, and the graph is replayed.
+Everything else that differs between microbatches, such as ranks and rows of the adapters, the packed kernels read
+from tables that keep their place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from plora.data.types import Microbatch
+from plora.models.base import BaseModel
+from plora.models.spec import ModelSpec
+from plora.modules.packed import PackedAdapters
+from plora.training.inputs import Inputs, Shape
+from plora.training.loss import backward_cross_entropy, chunk_rows
+
+log = logging.getLogger(__name__)
+
+# Floating-point operations of a layer, forward and backward, that take an H100 as long as launching its kernels takes
+# the host: 5 to 7 ms. A small model's layers reach fewer a second, hence the limit. On a slower GPU graphs are used for
+# longer than they help; they cost nothing but memory.
+_LAUNCH_BOUND = 3e12
+_MOST_TOKENS = 16384
+_MOST_GRAPHS = 32
+
+
+def launch_bound_tokens(spec: ModelSpec) -> int:
+    """Tokens of a microbatch up to which launching the kernels takes longer than running them."""
+    per_token = 4 * sum(layer.in_features * layer.out_features for layer in spec.linears)
+    return min(_MOST_TOKENS, int(_LAUNCH_BOUND / per_token))
+
+
+def small_microbatches(
+    base: BaseModel, packed: PackedAdapters, most_tokens: int | None = None, *, compile_loss: bool = False
+) -> MicrobatchGraphs | None:
+    """What runs the small ones among a job's microbatches; None where the CUDA kernels do not run.
+
+    ``most_tokens``: as ``JobSettings.graph_tokens``.
+    """
+    if most_tokens is None:
+        most_tokens = launch_bound_tokens(base.spec)
+    if not most_tokens or packed.work_counts is None:
+        return None
+    return MicrobatchGraphs(base, packed, most_tokens, compile_loss=compile_loss)
+
+
+def differentiate(
+    base: BaseModel, packed: PackedAdapters, inputs: Inputs, *, compile_loss: bool = False
+) -> torch.Tensor:
+    """Add the gradients of a routed microbatch to the arena and return its share of each slot's loss, fp32 ``[K]``.
+
+    Args:
+        base: the base model.
+        packed: the adapters on it, within their ``route``.
+        inputs: on the device; labels of slot ``K`` count for none.
+        compile_loss: see `backward_cross_entropy`.
+    """
+    hidden = base.hidden_states(inputs.tokens, inputs.positions, inputs.sequences)
+    losses = backward_cross_entropy(
+        base.logits,
+        hidden,
+        inputs.rows,
+        inputs.labels,
+        inputs.weight,
+        inputs.slots,
+        packed.capacity + 1,
+        chunk=chunk_rows(base.spec.vocab_size, base.device),
+        compiled=compile_loss,
+    )
+    return losses[: packed.capacity]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """What is known of a shape: where its inputs lie, under which launches it has run, and its graph."""
+
+    inputs: Inputs
+    key: Hashable = None
+    counts: tuple[int, ...] | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+    losses: torch.Tensor | None = None
+
+
+class MicrobatchGraphs:
+    """Runs small microbatches, from the second of a shape on as CUDA graphs.
+
+    The graphs share a pool of memory as large as the activations of the largest. Where one cannot be captured,
+    microbatches run as they come.
+
+    Args:
+        base: the base model.
+        packed: the adapters on it. Graphs need the CUDA kernels; without them shapes are padded and nothing captured.
+        most_tokens: of the microbatches taken.
+        compile_loss: see `backward_cross_entropy`.
+    """
+
+    def __init__(
+        self, base: BaseModel, packed: PackedAdapters, most_tokens: int, *, compile_loss: bool = False
+    ) -> None:
+        self.base, self.packed, self.most_tokens, self.compile_loss = base, packed, most_tokens, compile_loss
+        self.padding = 0  # tokens computed that belong to no sequence
+        self.pool_bytes = 0  # what the graphs' pool took
+        self._entries: OrderedDict[Shape, _Entry] = OrderedDict()
+        self._captures = packed.work_counts is not None
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+
+    @property
+    def captured(self) -> int:
+        """Graphs at hand."""
+        return sum(entry.graph is not None for entry in self._entries.values())
+
+    def release(self) -> bool:
+        """Give the memory of all graphs back and make no more; returns whether there were any."""
+        had_any, self.most_tokens = self.captured > 0, 0
+        self._entries.clear()
+        return had_any
+
+    def takes(self, microbatch: Microbatch) -> bool:
+        """Whether a microbatch is small enough."""
+        return len(microbatch.tokens) <= self.most_tokens
+
+    def forward_backward(
+        self, microbatch: Microbatch, n_labels: Mapping[int, int], steps: Mapping[int, int]
+    ) -> torch.Tensor:
+        """As `plora.training.rounds.forward_backward`; the next call overwrites what this one returns."""
+        inputs = Inputs.of(microbatch, n_labels)
+        shape = inputs.padded_shape()
+        padding = shape.tokens - len(inputs.tokens)
+        self.padding += padding
+        padded = inputs.padded(shape, spare_slot=self.packed.capacity)
+        entry = self._entry(shape, padded)
+        with self.packed.route(
+            microbatch.slot_tokens,
+            base_tokens=padding,
+            token_index=entry.inputs.token_index,
+            steps=steps,
+            dropout=True,
+            work_counts=entry.counts,
+        ):
+            return self._run(entry)
+
+    def _entry(self, shape: Shape, padded: Inputs) -> _Entry:
+        """That of a shape, with these inputs."""
+        if shape not in self._entries:
+            self._entries[shape] = _Entry(padded.to(self.base.device))
+            if len(self._entries) > _MOST_GRAPHS:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(shape)
+        entry = self._entries[shape]
+        entry.inputs.copy_(padded)
+        return entry
+
+    def _run(self, entry: _Entry) -> torch.Tensor:
+        key, counts = self.packed.launch_key, self.packed.work_counts
+        known = self._captures and entry.key == key
+        if known and (entry.graph is None or entry.counts != counts):
+            self._capture(entry)
+        elif not known:
+            entry.graph = None
+        entry.key, entry.counts = key, counts
+        if entry.graph is None or entry.losses is None:
+            # Also what has not run yet: a capture must meet nothing that is compiled or loaded on first use.
+            return self._differentiate(entry)
+        entry.graph.replay()
+        return entry.losses
+
+    def _differentiate(self, entry: _Entry) -> torch.Tensor:
+        return differentiate(self.base, self.packed, entry.inputs, compile_loss=self.compile_loss)
+
+    def _capture(self, entry: _Entry) -> None:
+        """Capture an entry's graph under the present route, which runs nothing."""
+        entry.graph = entry.losses = None
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved(self.base.device)
+        try:
+            # The outer context, because a capture that fails would leave its own stream behind as the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.base.device)),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                entry.losses = self._differentiate(entry)
+            entry.graph = graph
+            self.pool_bytes += max(0, torch.cuda.memory_reserved(self.base.device) - held)
+        except torch.OutOfMemoryError:
+            self.most_tokens = len(entry.inputs.tokens) - 1
+            log.info("no memory for CUDA graphs of more than %d tokens", self.most_tokens)
+        except RuntimeError as error:
+            self._captures = False
+            log.warning("small microbatches run without CUDA graphs: %s", str(error).splitlines()[0])
