@@ -29,6 +29,7 @@ from plora.planner.job_planner import plan_jobs
 from plora.planner.jobs import Workshop, makespan
 from plora.planner.solver import choose_solver
 from plora.profiler import GPUS, MemoryModel
+from plora.training.graphs import launch_bound_tokens
 from records import Records
 
 MODELS = {
@@ -85,8 +86,9 @@ def cases() -> Iterator[Case]:
 def measure(case: Case) -> list[tuple[str, str, float, str]]:
     """Provider, metric, value and unit of everything measured on a case."""
     spec = ModelSpec.preset(MODELS[case.model])
+    graphs = launch_bound_tokens(spec)
     memories = [
-        MemoryModel(spec, "bf16", activation_checkpointing=checkpointing, compiled=True)
+        MemoryModel(spec, "bf16", activation_checkpointing=checkpointing, compiled=True, graph_tokens=graphs)
         for checkpointing in (False, True)
     ]
     began = time.perf_counter()
