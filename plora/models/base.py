@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plora.models.attention import PackedSequences
 from plora.models.cache import Decode, Prefill
+from plora.models.quantize import is_nf4
 from plora.models.spec import ModelError, ModelSpec
 
 Sequences = PackedSequences | Prefill | Decode
@@ -173,21 +174,27 @@ class BaseModel(ABC):
             fullgraph: raise where a layer does not compile into one graph.
             backend: as `torch.compile`'s.
         """
+        is_quantized = any(is_nf4(parameter) for parameter in self.layers.parameters())
         for layer in self.layers:
-            layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=_recomputing_elementwise(backend))
+            layer.compile(
+                dynamic=dynamic, fullgraph=fullgraph, backend=_recomputing_elementwise(backend, is_quantized)
+            )
 
 
 @functools.cache
-def _recomputing_elementwise(backend: str) -> Callable[..., Any]:
+def _recomputing_elementwise(backend: str, is_quantized: bool) -> Callable[..., Any]:
     """A backend of `torch.compile` that makes elementwise results again in backward instead of keeping them.
 
     The compiler does so of itself, except for those that an opaque operator reads, such as a norm's output
     that the packed products of q, k and v read: an eighth of a layer's activations.
+
+    Of a quantized base it would see that forward and backward dequantize the same weights, do so once, and keep them
+    for backward: all that quantizing has saved. So there it must not look for equal expressions.
     """
     compiler = torch._dynamo.lookup_backend(backend)
 
     def compile_graph(graph: Any, inputs: Any) -> Any:
-        with functorch_config.patch(ban_recompute_materialized_backward=False):
+        with functorch_config.patch(ban_recompute_materialized_backward=False, cse=not is_quantized):
             return compiler(graph, inputs)
 
     return compile_graph

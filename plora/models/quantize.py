@@ -31,3 +31,8 @@ def to_nf4_parameter(weight: torch.Tensor) -> nn.Parameter:
         warnings.simplefilter("ignore")
         from torchao.dtypes.nf4tensor import to_nf4
     return nn.Parameter(to_nf4(weight, _BLOCK, scaler_block), requires_grad=False)
+
+
+def is_nf4(weight: torch.Tensor) -> bool:
+    """Whether a weight is kept in NF4."""
+    return hasattr(weight, "quantized_scalers")

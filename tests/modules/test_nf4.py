@@ -46,3 +46,24 @@ def test_equals_its_rounded_weights(compiled: bool) -> None:
     expected = step(rounded(base), compiled=False)
     for ours, theirs in zip(step(base, compiled), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_layers_do_not_keep_dequantized_weights() -> None:
+    base = from_config(SMALL, quantize="nf4", dtype="bf16")
+    packed = pack_adapters(base.module, [AdapterConfig(rank=4)])
+    base.compile_layers(backend="aot_eager_decomp_partition")
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    sequences, positions = PackedSequences.from_lengths([15]), torch.arange(15)
+    with packed.route([15]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        base.hidden_states(positions, positions, sequences)
+    quantized = [tensor for tensor in kept if tensor.dtype == torch.uint8]
+    smallest = min(tensor.numel() for tensor in quantized)
+    # A quantized element holds two weights.
+    wide = [tensor for tensor in kept if tensor.is_floating_point() and tensor.numel() >= 2 * smallest]
+    assert len(quantized) >= 7
+    assert not [tensor.shape for tensor in wide if 15 not in tensor.shape and tensor.dim() == 2]
