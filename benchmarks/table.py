@@ -6,10 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+# Of the memory model's predictions, the one that is comparable with the measured peak.
+_PREDICTED = "predicted_allocated_gib"
+
 
 def markdown(path: str | Path) -> str:
     """One row a case and provider, one column a metric, the provenance below."""
     rows = json.loads(Path(path).read_text())
+    rows = [row for row in rows if not row["metric"].startswith("predicted_") or row["metric"] == _PREDICTED]
     metrics = {row["metric"]: row["unit"] for row in rows}
     figures: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
@@ -26,7 +30,7 @@ def markdown(path: str | Path) -> str:
 
 
 def _words(metric: str) -> str:
-    return metric.removeprefix("tokens_per_s_").removesuffix("_gib").replace("_", " ")
+    return metric.removeprefix("tokens_per_s_").removesuffix("_gib").replace("allocated", "peak").replace("_", " ")
 
 
 def _shown(value: float | None) -> str:
