@@ -174,11 +174,11 @@ class BaseModel(ABC):
             fullgraph: raise where a layer does not compile into one graph.
             backend: as `torch.compile`'s.
         """
+        # Else a norm's epsilon would be an input that may change: a tensor on the host, in a graph for the device.
+        torch._dynamo.config.specialize_float = True
         is_quantized = any(is_nf4(parameter) for parameter in self.layers.parameters())
         for layer in self.layers:
-            layer.compile(
-                dynamic=dynamic, fullgraph=fullgraph, backend=_recomputing_elementwise(backend, is_quantized)
-            )
+            layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=_recomputing_elementwise(backend, is_quantized))
 
 
 @functools.cache

@@ -111,7 +111,7 @@ class MicrobatchGraphs:
         self.pool_bytes = 0  # what the graphs' pool took
         self._entries: OrderedDict[Shape, _Entry] = OrderedDict()
         self._captures = packed.work_counts is not None
-        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._pool = torch.cuda.graph_pool_handle() if base.device.type == "cuda" else None
 
     @property
     def captured(self) -> int:

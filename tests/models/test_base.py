@@ -244,6 +244,24 @@ def test_compiled_layers_share_one_graph_for_all_batches(
     assert _generate(compiled, [[3, 4], [5]], [3, 3]) == _generate(eager, [[3, 4], [5]], [3, 3])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_compiled_layers_take_no_constants_from_the_host(family: str, folders: dict[str, Path]) -> None:
+    """A norm's epsilon as an input would be a tensor on the host, also for a model on a GPU."""
+    shapes: list[torch.Size] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        shapes.extend(each.shape for each in inputs if isinstance(each, torch.Tensor))
+        return graph.forward
+
+    torch._dynamo.register_backend(backend, name=f"inputs_of_{family}")
+    base = from_pretrained(folders[family])
+    base.compile_layers(fullgraph=True, backend=f"inputs_of_{family}")
+    _hidden(base, [3, 4])
+    assert len(shapes) > 5
+    assert torch.Size([]) not in shapes
+
+
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2", "qwen3"])
 def test_deepcopy_is_independent(family: str, folders: dict[str, Path]) -> None:
     base = from_pretrained(folders[family], activation_checkpointing=True)
