@@ -151,10 +151,11 @@ class Comparison:
         (sample,) = samples([measured])
         state = sum(self.memory.adapter_bytes(rank) for rank in held)
         parts = self.memory.parts_from_bytes(state, measured.largest, max(held), labels=labels_of_largest(measured))
+        pool = self.memory.graph_bytes(measured.largest, max(held))  # which `PeakMemory` leaves out
         figures = (
             ("time", "step", measured.seconds, sample.predicted(self.cost), 1, "s"),
             ("memory", "peak", measured.allocated, parts.allocated, GIB, "GiB"),
-            ("reserved", "reserved", measured.reserved, parts.total, GIB, "GiB"),
+            ("reserved", "reserved", measured.reserved, parts.total - pool, GIB, "GiB"),
         )
         note = f"{measured.warmup_seconds:.1f} s of warm-up, microbatches of {pack.token_budget} tokens"
         shown = []

@@ -86,10 +86,10 @@ def cases() -> Iterator[Case]:
 def measure(case: Case) -> list[tuple[str, str, float, str]]:
     """Provider, metric, value and unit of everything measured on a case."""
     spec = ModelSpec.preset(MODELS[case.model])
-    graphs = launch_bound_tokens(spec)
     memories = [
         MemoryModel(spec, "bf16", activation_checkpointing=checkpointing, compiled=True, graph_tokens=graphs)
         for checkpointing in (False, True)
+        for graphs in (launch_bound_tokens(spec), 0)
     ]
     began = time.perf_counter()
     problem, plan = plan_on(

@@ -89,12 +89,18 @@ class CostModels:
         return plain if profile is None else profile.apply(plain, self.estimate(plain))[0]
 
     def time(self, memory: MemoryModel) -> TimeModel:
-        """The time model: measured, or what is measured with and without recomputation carried over, or estimated."""
+        """The time model: measured, or carried over from what is measured of the same base trained in another way,
+        with recomputation or without, with CUDA graphs or without, or estimated.
+        """
         estimated = self.estimate(memory)
         profile = self.profile(memory)
         if profile is not None:
             return profile.apply(memory, estimated)[1]
-        others = [replace(memory, activation_checkpointing=each) for each in (False, True)]
+        others = [
+            replace(memory, activation_checkpointing=recompute, graph_tokens=graphs)
+            for graphs in dict.fromkeys((memory.graph_tokens, 0, 1))  # a profile is of any graphs, or none
+            for recompute in (False, True)
+        ]
         other = next((each for each in others if self.profile(each) is not None), memory)
         profile = self.profile(other)
         if profile is None:

@@ -40,7 +40,7 @@ class MeasuredJob:
         largest: tokens of its largest microbatch.
         labels: how many of those are labelled.
         allocated: peak bytes of live tensors; None where unknown.
-        reserved: peak bytes of the allocator, CUDA graphs' left out; None on a CPU.
+        reserved: peak bytes of the allocator, CUDA graphs' among them; None on a CPU.
     """
 
     seconds: float
@@ -74,8 +74,8 @@ class JobMeter(Listener):
         """See ``Listener``."""
         self._rounds.append(record)
 
-    def finish(self, times: JobTimes, graph_bytes: int = 0) -> MeasuredJob | None:
-        """The job is over, whose CUDA graphs held so many bytes; None if it had no round."""
+    def finish(self, times: JobTimes) -> MeasuredJob | None:
+        """The job is over; None if it had no round."""
         seconds = self._clock() - self._began - times.base
         if not self._rounds:
             return None
@@ -83,7 +83,6 @@ class JobMeter(Listener):
         first = min(trial.end_round for trial in self.job.trials)
         opening = [record.seconds for record in steady if record.index <= first] or [r.seconds for r in steady]
         trained, peak = sum(record.seconds for record in self._rounds), self._peaks.allocated
-        reserved = self._peaks.reserved
         fullest = max(self._rounds, key=lambda record: record.tokens / record.microbatches)
         return MeasuredJob(
             seconds=seconds,
@@ -95,7 +94,7 @@ class JobMeter(Listener):
             largest=-(-fullest.tokens // fullest.microbatches),
             labels=-(-fullest.labels // fullest.microbatches),
             allocated=peak if is_telling(peak) else None,
-            reserved=None if reserved is None else reserved - graph_bytes,
+            reserved=self._peaks.reserved,
         )
 
 
@@ -123,10 +122,9 @@ def learn(models: CostModels, planned: SweepPlan, job: PlannedJob, measured: Mea
     peaks = []
     if measured.allocated is not None:
         sizes, rank = planned.sizes(job), max(trial.rank for trial in job.trials)
+        reserved = None if memory.graph_tokens else measured.reserved  # the graphs' pool is in it
         state = sum(sizes[name] for name in planned.fullest(job))
-        peaks.append(
-            MemorySample(state, rank, measured.largest, measured.allocated, measured.reserved, labels=measured.labels)
-        )
+        peaks.append(MemorySample(state, rank, measured.largest, measured.allocated, reserved, labels=measured.labels))
     models.keep(
         fit_profile(
             models.key(memory),

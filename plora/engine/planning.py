@@ -13,6 +13,7 @@ import torch
 from plora.config.schema import SweepConfig
 from plora.data.types import Task
 from plora.engine.costs import CostModels
+from plora.kernels.dispatch import backend
 from plora.models import ModelSpec
 from plora.planner import Load, Plan, PlannedJob, Problem, check_plan, load_trials, make_problem, plan_on, retimed
 from plora.planner.costs import ROWS_AT_A_TIME
@@ -141,6 +142,7 @@ def _given(
     try:
         if config.model.activation_checkpointing == "auto":
             memory = replace(memory, activation_checkpointing=plan.recomputed_layers)
+        memory = replace(memory, graph_tokens=min(memory.graph_tokens, plan.graph_tokens))
         problem = make_problem(loads, models.memory(memory), models.gpu, 1, **options)
         check_plan(plan, problem)
     except ValueError as error:
@@ -226,7 +228,9 @@ def limits(config: SweepConfig, tasks: Mapping[str, Task]) -> dict[str, Any]:
 
 
 def memory_models(config: SweepConfig, spec: ModelSpec, device: torch.device) -> list[MemoryModel]:
-    """The memory models of the sweep's base on ``device`` to choose among: without recomputation, and with it."""
+    """The memory models of the sweep's base on ``device`` to choose among: without recomputation and with it, with
+    CUDA graphs, which take memory, and without.
+    """
     wanted = config.model.activation_checkpointing
     plain = MemoryModel(
         spec,
@@ -239,12 +243,16 @@ def memory_models(config: SweepConfig, spec: ModelSpec, device: torch.device) ->
         compiled=can_compile(device),
         graph_tokens=_graph_tokens(config, spec, device),
     )
-    return [plain, replace(plain, activation_checkpointing=True)] if wanted == "auto" else [plain]
+    graphs = [plain, replace(plain, graph_tokens=0)] if plain.graph_tokens else [plain]
+    recomputing = [replace(each, activation_checkpointing=True) for each in graphs] if wanted == "auto" else []
+    return graphs + recomputing
 
 
 def _graph_tokens(config: SweepConfig, spec: ModelSpec, device: torch.device) -> int:
     """Most tokens of a microbatch that would run as a CUDA graph."""
-    has_graphs = device.type == "cuda" and config.model.compute_dtype == "bf16" and config.packing.cuda_graphs
+    # A plan for a GPU that is not here takes it to have the kernels.
+    has_kernels = device.type == "cuda" and (not torch.cuda.is_available() or backend().name == "cuda")
+    has_graphs = has_kernels and config.model.compute_dtype == "bf16" and config.packing.cuda_graphs
     return launch_bound_tokens(spec) if has_graphs else 0
 
 

@@ -207,12 +207,6 @@ class Sweep:
             self.planned, self._compile_predicted = self._plan(is_loaded=True), 0.0
             self.base.set_activation_checkpointing(self.planned.memory.activation_checkpointing)
 
-    def _graph_tokens(self, job: PlannedJob) -> int:
-        """Most tokens of a microbatch that may run as a CUDA graph in the memory that a job leaves."""
-        planned = self.planned
-        spare = planned.problem.free_bytes - job.memory_bytes
-        return planned.memory.graph_tokens_within(spare, max(trial.rank for trial in job.trials))
-
     def _train(self, job: PlannedJob, listeners: Listeners) -> None:
         meter = JobMeter(job, self._peaks)
         by_name = {trial.name: trial for trial in self.config.trials}
@@ -228,7 +222,7 @@ class Sweep:
                 base_known=frozenset(self.recorder.base_scores),
                 ready=job.ready,
                 optimizer_state=self.config.packing.optimizer_state,
-                graph_tokens=self._graph_tokens(job),
+                graph_tokens=self.planned.memory.graph_tokens,
             )
             scorers = self.objective.job_scorers(self.base, packed, self.checked.tokenizer)
             heard = Listeners([*listeners.listeners, meter])
@@ -237,7 +231,7 @@ class Sweep:
         finally:
             packed.unpack(self.base.module)
             forget_compiled(self.checked.device)
-        measured = meter.finish(running.times, running.graph_bytes)
+        measured = meter.finish(running.times)
         self._base_took += running.times.base
         if measured is not None:
             compiling = self._compile_predicted if job is self.planned.plan.jobs[0] else 0.0

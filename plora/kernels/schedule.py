@@ -33,7 +33,7 @@ MIRRORED = (
 _COLUMN_COST = 48
 # Rows of a run. Fewer would make more blocks add to one gradient, more would leave too few blocks.
 RUN_ROWS = 512
-# Unused records at the end of a list cost a launched block each, new lengths of it a CUDA graph.
+# Unused records, at the end of a list or of its wide pieces, cost a launched block each, new lengths a CUDA graph.
 _COUNT_STEP = 8
 
 
@@ -162,8 +162,8 @@ class DeviceTables:
 
     def __init__(self, device: torch.device) -> None:
         # Tiles, runs, walks, the workspace blocks of tiles and of the others; then tiles of two and of three
-        # members, their runs, and their tiles' blocks; then those of the runs and walks of one that are of more
-        # than FUSED_RANKS ranks, which come first; then the largest share of a tile of one, two and three members.
+        # members, their runs, and their tiles' blocks; then places for those of the runs and walks of one that are of
+        # more than FUSED_RANKS ranks, which come first; then the largest share of a tile of one, two and three members.
         self._counts = torch.zeros(16, dtype=torch.int64)
         self._tiles = self._records(0, device)
         self._runs = self._records(0, device)
@@ -179,6 +179,7 @@ class DeviceTables:
             tables: of the microbatch.
             at_least: counts, as ``counts`` gave them, that the lists are filled up to with unused records.
                 Launches depend on the counts alone, so what was captured with some serves all that need no more.
+                Given any, also none, counts are rounded up coarsely. Default: as few records as will do.
         """
         # One block for all rows of an adapter adds in a fixed order.
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -188,11 +189,12 @@ class DeviceTables:
         runs = [pieces(tables, rows, RUN_RANKS, with_base=False, members=n) for n in groups]
         walks = pieces(tables, WALK_ROWS, WALK_RANKS, with_base=False)
         least = at_least or [0] * len(self._counts)
-        wide = [max(_rounded(each.wide), count) for each, count in zip((runs[0], walks), least[11:13], strict=True)]
-        tile_counts = [_rounded(len(each.records)) for each in tiles]
-        run_counts = [_rounded(len(each.records)) for each in runs]
-        run_counts[0] = wide[0] + _rounded(len(runs[0].records) - runs[0].wide)
-        walk_count = wide[1] + _rounded(len(walks.records) - walks.wide)
+        room = _rounded if at_least is None else _coarsely_rounded
+        wide = [max(room(each.wide), count) for each, count in zip((runs[0], walks), least[11:13], strict=True)]
+        tile_counts = [room(len(each.records)) for each in tiles]
+        run_counts = [room(len(each.records)) for each in runs]
+        run_counts[0] = wide[0] + room(len(runs[0].records) - runs[0].wide)
+        walk_count = wide[1] + room(len(walks.records) - walks.wide)
         blocks = [coarse(each.blocks) for each in tiles]
         shares = [coarse(each.most_share) for each in tiles]
         needed = [
@@ -238,6 +240,10 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _rounded(count: int) -> int:
     return -(-count // _COUNT_STEP) * _COUNT_STEP
+
+
+def _coarsely_rounded(count: int) -> int:
+    return _rounded(coarse(count))
 
 
 def coarse(number: int) -> int:

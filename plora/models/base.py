@@ -109,7 +109,7 @@ class BaseModel(ABC):
             ModelError: if a sequence is longer than the model can represent exactly.
         """
         if not torch.compiler.is_compiling():
-            self._check_length(sequences.longest)
+            self.check_length(sequences.longest)
         embedded = self.embedding(tokens[None])
         if torch.is_grad_enabled() and not embedded.requires_grad:
             embedded.requires_grad_()
@@ -121,7 +121,15 @@ class BaseModel(ABC):
         sequences.finish()
         return hidden
 
-    def _check_length(self, longest: int) -> None:
+    def check_length(self, longest: int) -> None:
+        """Refuse what the model cannot represent exactly.
+
+        Args:
+            longest: tokens of the longest sequence.
+
+        Raises:
+            ModelError: if that is too long.
+        """
         if longest > self.spec.max_positions:
             raise ModelError(
                 f"a sequence of {longest} tokens exceeds the {self.spec.max_positions} positions of "

@@ -160,7 +160,7 @@ class PackedAdapters(nn.Module):
         adapter = self.adapters[slot]
         self._offsets[:, slot] = ABSENT
         self._offsets[:, self.capacity + slot] = ABSENT
-        self._shared.tables.rank[slot] = 0
+        self._shared.tables.rank[slot] = self._shared.tables.limit[slot] = 0
         del self._modules[f"adapter_{slot}"]
         self.arena.release(adapter.start, adapter.layout.numel)
 
@@ -187,7 +187,8 @@ class PackedAdapters(nn.Module):
                 keys its dropout mask. Default: rows counted from the adapter's first one.
             steps: the step of each slot, which keys its dropout mask. Default: a count of routes.
             dropout: whether dropout is on. Default: whether the model is in training mode.
-            work_counts: how much the kernels' launches have room for at least, see ``launch_key``.
+            work_counts: see the property of this name. Given any, also none ``()``, launches get room to spare, at
+                least as much as these say, so that what was captured under one route serves similar ones.
 
         Raises:
             ValueError: if a row count is negative, or not zero for an empty slot.

@@ -39,6 +39,11 @@ def _setting_mistakes(plan: Plan, problem: Problem) -> list[str]:
             f"it has {plan.recomputed_layers} layers recomputed, model.activation_checkpointing asks for "
             f"{memory.recomputed_layers}"
         )
+    if plan.graph_tokens > memory.graph_tokens:
+        mistakes.append(
+            f"it runs microbatches of up to {plan.graph_tokens} tokens as CUDA graphs, here those of up to "
+            f"{memory.graph_tokens} can (packing.cuda_graphs, and the CUDA kernels)"
+        )
     return mistakes
 
 

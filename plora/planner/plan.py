@@ -128,6 +128,7 @@ class Plan:
         jobs: in order of start.
         baselines: predicted makespans of what people do today.
         candidates: predicted makespans of the other planners' answers.
+        graph_tokens: most tokens of a microbatch that runs as a CUDA graph, 0 for none.
     """
 
     model: str
@@ -145,11 +146,12 @@ class Plan:
     jobs: tuple[PlannedJob, ...]
     baselines: Mapping[str, float] = field(default_factory=dict)
     candidates: Mapping[str, float] = field(default_factory=dict)
+    graph_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("model", "dtype", "device"):
             _text(self, name)
-        for name, least in (("recomputed_layers", 0), ("n_devices", 1), ("free_bytes", 0)):
+        for name, least in (("recomputed_layers", 0), ("graph_tokens", 0), ("n_devices", 1), ("free_bytes", 0)):
             _number(self, name, least, whole=True)
 
     @property

@@ -79,6 +79,7 @@ def make_plan(
         model=problem.memory.spec.name,
         dtype=problem.memory.quantize or problem.memory.dtype,
         recomputed_layers=problem.memory.recomputed_layers,
+        graph_tokens=problem.memory.graph_tokens,
         device=problem.time.device,
         n_devices=problem.n_devices,
         free_bytes=problem.free_bytes,

@@ -58,7 +58,8 @@ def plan_on(
         **options: of :func:`plora.planner.make_plan`.
 
     Returns:
-        The problem whose plan ends first (its ``memory`` says whether checkpointing is on), and the plan.
+        The problem whose plan ends first (its ``memory`` says whether checkpointing and CUDA graphs are on), and the
+        plan.
 
     Raises:
         ValueError: if there are no devices, limits contradict, or a trial fits under none of the memory models.
@@ -72,7 +73,10 @@ def plan_on(
         try:
             check_fits(problem)
         except ValueError as error:
-            logger.info("left out (checkpointing %s): %s", memory.activation_checkpointing, error)
+            logger.info(
+                "left out (checkpointing %s, CUDA graphs up to %d tokens): %s",
+                memory.activation_checkpointing, memory.graph_tokens, error,
+            )  # fmt: skip
             misfit = error
         else:
             problems.append(problem)

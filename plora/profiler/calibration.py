@@ -72,7 +72,7 @@ def calibration_rounds(memory: MemoryModel, cost: StepCost, free_bytes: int) -> 
         if tokens and (is_light or ranks == PACKS[-1]):
             spec = memory.spec
             longest = min(LONG, spec.max_positions, spec.sliding_window or LONG)
-            return Calibration(ranks, tuple(_rounds(len(ranks), tokens, longest)))
+            return Calibration(ranks, tuple(dict.fromkeys(_rounds(len(ranks), tokens, longest))))
     return None
 
 
@@ -100,7 +100,7 @@ def _rounds(count: int, unit: int, longest: int) -> list[CalibrationRound]:
         _round(count, everyone, unit, middle, unit, labelled=0.25),
         _round(count, last, unit // 2, middle, unit),
         _round(count, first, unit, min(longest, unit // 2), unit),
-        _round(count, everyone, 2 * unit, middle, unit),
+        _round(count, everyone, 2 * unit, min(middle, unit), unit),
         _round(count, few, unit // 2, short, unit),
         _round(count, first, unit // 16, short, unit),
         _round(count, few, unit // 8, short, unit),

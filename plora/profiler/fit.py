@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from plora.modules.config import AdapterConfig
-from plora.profiler.memory import MIB, OVERHEAD, MemoryModel, MemoryParts, Saved
+from plora.profiler.memory import GIB, MIB, OVERHEAD, MemoryModel, MemoryParts, Saved
 from plora.profiler.time import StepCost
 
 # What it costs a coefficient to be twice the scaled prior's, in squared relative errors of rounds: as much as being 1%
@@ -119,16 +119,16 @@ def fit_time(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
     if not samples:
         raise ValueError("no measured rounds to calibrate the time model with: measure at least one")
     scaled = rescale(samples, prior)
-    first = _fit(samples, scaled, PRIOR_WEIGHT)
+    first = _fit(samples, scaled, PRIOR_WEIGHT, prior.per_param)
     noise = relative_error(samples, first) ** 2 * len(samples) / max(1, len(samples) - len(COEFFICIENTS) // 2)
-    return _fit(samples, scaled, max(PRIOR_WEIGHT, NOISE_WEIGHT * noise))
+    return _fit(samples, scaled, max(PRIOR_WEIGHT, NOISE_WEIGHT * noise), prior.per_param)
 
 
-def _fit(samples: Sequence[RoundSample], scaled: StepCost, weight: float) -> StepCost:
+def _fit(samples: Sequence[RoundSample], scaled: StepCost, weight: float, per_param: float) -> StepCost:
     best, least = scaled, _objective(samples, scaled, scaled, weight)
     ordered = sorted(samples, key=lambda sample: sample.tokens / sample.microbatches)
     for cut in range(max(1, len(ordered) * 2 // 3)):
-        cost = _fit_cut(ordered, cut, scaled, weight)
+        cost = _fit_cut(ordered, cut, scaled, weight, per_param)
         if (error := _objective(samples, cost, scaled, weight)) < least:
             best, least = cost, error
     return best
@@ -160,39 +160,40 @@ def _units(samples: Sequence[RoundSample], scaled: StepCost) -> np.ndarray:
     usual round, whichever is more.
     """
     seconds = float(np.median([sample.seconds for sample in samples]))
-    usual = np.median([_features(sample) for sample in samples], axis=0)
+    usual = np.median([_features(sample, scaled) for sample in samples], axis=0)
     return np.maximum(_values(scaled), SHARE * seconds / np.maximum(usual, 1.0))
 
 
-def _features(sample: RoundSample, floor: bool = False) -> list[float]:
+def _features(sample: RoundSample, scaled: StepCost, floor: bool = False) -> list[float]:
     """What each coefficient is multiplied with in a round that is at the launch floor, or in one that is not."""
     labels = sample.tokens if sample.labels is None else sample.labels
-    work = [sample.microbatches, sample.tokens, sample.token_rank, sample.adapters]
+    tokens = scaled.even_tokens(sample.tokens, sample.microbatches)
+    work = [sample.microbatches, tokens, sample.token_rank, sample.adapters]
     more = [labels, sample.squares]
     if floor:
         return [sample.microbatches, 0.0, 0.0, 0.0, 0.0, sample.params, 1.0, 0.0, 0.0]
     return [0.0, *work, sample.params, 1.0, *more]
 
 
-def _fit_cut(ordered: Sequence[RoundSample], cut: int, scaled: StepCost, weight: float) -> StepCost:
-    """The fit with the first ``cut`` rounds at the floor."""
-    rows = [[x / s.seconds for x in _features(s, floor=i < cut)] for i, s in enumerate(ordered)]
+def _fit_cut(ordered: Sequence[RoundSample], cut: int, scaled: StepCost, weight: float, per_param: float) -> StepCost:
+    """The fit with the first ``cut`` rounds at the floor, and no less than ``per_param``."""
+    rows = [[x / s.seconds for x in _features(s, scaled, floor=i < cut)] for i, s in enumerate(ordered)]
     units = _units(ordered, scaled)
     matrix = np.vstack((np.array(rows) * units, np.eye(len(units)) * weight**0.5))
     target = np.concatenate((np.ones(len(ordered)), _values(scaled) / units * weight**0.5))
-    least = _least(ordered, scaled) / units
+    least = _least(ordered, per_param) / units
     coefficients = (least + non_negative(matrix, target - matrix @ least)) * units
     fitted: dict[str, Any] = dict(zip(COEFFICIENTS, map(float, coefficients), strict=True))
     return replace(scaled, **fitted | {"floor": _floor(ordered, cut, fitted)})
 
 
-def _least(samples: Sequence[RoundSample], scaled: StepCost) -> np.ndarray:
+def _least(samples: Sequence[RoundSample], per_param: float) -> np.ndarray:
     """What coefficients cannot be below.
 
     The optimizer reads and writes every parameter, so its cost is known better than rounds can tell it from other costs
-    of an adapter: it is no less than the prior's, but no more than half of any round.
+    of an adapter: it is no less than the prior's ``per_param``, but no more than half of any round.
     """
-    known = min(scaled.per_param, *(0.5 * sample.seconds / max(1.0, sample.params) for sample in samples))
+    known = min(per_param, *(0.5 * sample.seconds / max(1.0, sample.params) for sample in samples))
     return np.array([known if name == "per_param" else 0.0 for name in COEFFICIENTS])
 
 
@@ -280,7 +281,8 @@ def fit_memory(model: MemoryModel, samples: Sequence[MemorySample]) -> MemoryMod
 
     ``peak = base + adapters + libraries + f * activations + max(f * in flight, logits)``: ``f`` and ``libraries`` by
     least squares of relative errors, neither negative, pulled slightly to one and to what is usual, so that samples of
-    one size move the factor. The allocator's share becomes the largest that was seen.
+    one size move the factor. The allocator's share becomes the largest that was seen, of small microbatches as a part
+    of a GiB: what is idle beside them need not grow with them.
 
     Raises:
         ValueError: without samples.
@@ -297,7 +299,7 @@ def fit_memory(model: MemoryModel, samples: Sequence[MemorySample]) -> MemoryMod
         rows.append([scaled / s.peak_bytes, LIBRARY_BYTES / s.peak_bytes])
         rest.append((s.peak_bytes - known) / s.peak_bytes)
         if s.reserved_bytes is not None:
-            idle.append((s.reserved_bytes - s.peak_bytes - usual.fixed) / parts.microbatch)
+            idle.append((s.reserved_bytes - s.peak_bytes - usual.fixed) / max(parts.microbatch, GIB))
     pull = (len(rows) * np.array([ACTIVATIONS_WEIGHT, LIBRARIES_WEIGHT[plain.device]])) ** 0.5
     prior = np.array([1.0, usual.libraries / LIBRARY_BYTES])
     matrix = np.vstack((np.array(rows), np.diag(pull)))

@@ -144,8 +144,8 @@ class MemoryModel:
         moments: ``exact`` (fp32) or ``8bit`` optimizer moments.
         loss_chunk: rows of logits computed at a time by the loss.
         compiled: layers and loss are compiled, see the table above.
-        graph_tokens: microbatches of up to so many tokens run as CUDA graphs where memory is left for it. What the
-            largest of them takes lies in a pool of its own; no part counts it, since it can be given up.
+        graph_tokens: microbatches of up to so many tokens run as CUDA graphs. What the largest of them takes lies in a
+            pool of its own, which the allocator holds beside everything else.
         calibration: measured corrections.
 
     Raises:
@@ -324,19 +324,13 @@ class MemoryModel:
         )
         idle = usual.fraction if measured.idle is None else measured.idle
         overhead = usual.fixed + int(idle * max(parts.microbatch, parts.generation))
-        return replace(parts, overhead=overhead)
+        return replace(parts, overhead=overhead + self.graph_bytes(tokens, max_rank, degree))
 
     def graph_bytes(self, tokens: int, max_rank: int, degree: int = 1) -> int:
-        """Bytes of the CUDA graphs' pool once they were captured for microbatches of up to ``tokens``."""
+        """Bytes of the CUDA graphs' pool, if microbatches have up to ``tokens``."""
+        tokens = min(tokens, self.graph_tokens)
         transient = max(self.in_flight_bytes(tokens, max_rank, degree), self.logits_bytes(tokens, degree))
         return self.activation_bytes(tokens, max_rank, degree) + transient
-
-    def graph_tokens_within(self, spare_bytes: int, max_rank: int, degree: int = 1) -> int:
-        """Most tokens of microbatches that may run as CUDA graphs with so much memory to spare; 0 for none."""
-        tokens = self.graph_tokens
-        while tokens and self.graph_bytes(tokens, max_rank, degree) > spare_bytes:
-            tokens //= 2
-        return tokens
 
     def adapter_room(
         self,

@@ -48,6 +48,8 @@ COMPILE_SECONDS = 45.0
 START_SECONDS = 3.0
 # Writing adapters to a local disk, bytes/s.
 SAVE_BANDWIDTH = 1.0e9
+# Rows of a GPU's matrix products at a time.
+TOKEN_STEP = 128
 # Part of the rate that variable-length attention over short sequences keeps.
 ATTENTION_EFFICIENCY = 0.25
 # Eager generation: launches and Python per layer and token.
@@ -68,6 +70,8 @@ class StepCost:
         per_step: ``o0``.
         per_label: ``h``.
         per_square: ``q``.
+        token_step: what matrix products round a microbatch's tokens up to. A plan knows tokens on average, for which
+            ``per_microbatch`` has half a step in it.
         per_eval_token: forward pass alone, without the head.
         per_generated_token: one token of one row in packed generation, beside ``per_decode_step``.
         per_decode_step: one more token for all rows of a batch, however many they are.
@@ -88,6 +92,7 @@ class StepCost:
     per_step: float = 0.0
     per_label: float = 0.0
     per_square: float = 0.0
+    token_step: int = 1
     per_eval_token: float = 0.0
     per_generated_token: float = 0.0
     per_decode_step: float = 0.0
@@ -103,12 +108,20 @@ class StepCost:
             if name != "estimated" and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"time model: {name} must be a number of seconds that is not negative, got {value!r}")
 
+    def even_tokens(self, tokens: float, microbatches: int) -> float:
+        """Tokens of a round as matrix products have them, less half a step for each microbatch."""
+        if self.token_step <= 1:
+            return tokens
+        return microbatches * self.token_step * (math.ceil(tokens / microbatches / self.token_step) - 0.5)
+
     def extra_seconds(self, token_rank: float, labels: float, squares: float) -> float:
         """Seconds of what tokens cost beside their number: their adapters' ranks, the head, attention."""
         return token_rank * self.per_token_rank + labels * self.per_label + squares * self.per_square
 
     def round_of(self, tokens: float, extra: float, adapters: int, params: float, microbatches: int) -> float:
-        """Seconds of one round, from the ``extra`` seconds of its tokens; otherwise as :meth:`round_seconds`."""
+        """Seconds of one round of so many tokens on average, from their ``extra`` seconds; otherwise as
+        :meth:`round_seconds`.
+        """
         work = microbatches * self.per_microbatch + tokens * self.per_token + extra + adapters * self.per_adapter
         return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
 
@@ -122,7 +135,7 @@ class StepCost:
         labels: float | None = None,
         squares: float = 0.0,
     ) -> float:
-        """Seconds of one round.
+        """Seconds of one round of just so many tokens.
 
         Args:
             tokens: tokens of all adapters, ``N``.
@@ -134,7 +147,7 @@ class StepCost:
             squares: squared lengths of the sequences, summed, ``S``.
         """
         extra = self.extra_seconds(token_rank, tokens if labels is None else labels, squares)
-        return self.round_of(tokens, extra, adapters, params, microbatches)
+        return self.round_of(self.even_tokens(tokens, microbatches), extra, adapters, params, microbatches)
 
     def eval_seconds(self, tokens: float, labels: float) -> float:
         """Seconds of evaluating so many tokens, so many of them labelled: no backward pass."""
@@ -267,6 +280,7 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
         floor=max(streamed, launches) + latency,
         per_microbatch=latency + 5e-5 * spec.num_layers,
         per_token=per_token,
+        token_step=TOKEN_STEP,
         per_token_rank=6 * params_per_rank / degree / (gpu.tflops * 1e12 * RANK_EFFICIENCY),
         per_adapter=2e-6 * spec.num_layers,
         per_param=OPTIMIZER_BYTES[memory.moments] / (gpu.bandwidth * STREAM_EFFICIENCY),

@@ -13,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,9 +27,9 @@ from plora.training.loss import backward_cross_entropy, chunk_rows
 log = logging.getLogger(__name__)
 
 # Floating-point operations of a layer, forward and backward, that take an H100 as long as launching its kernels takes
-# the host: 5 to 7 ms. A small model's layers reach fewer a second, hence the limit. On a slower GPU graphs are used for
-# longer than they help; they cost nothing but memory.
-_LAUNCH_BOUND = 3e12
+# the host: 5 ms. A small model's layers reach fewer a second, hence the limit. On a slower GPU graphs are used for
+# longer than they help.
+_LAUNCH_BOUND = 2e12
 _MOST_TOKENS = 16384
 _MOST_GRAPHS = 32
 
@@ -81,11 +82,11 @@ def differentiate(
 
 @dataclass(eq=False)
 class _Entry:
-    """What is known of a shape: where its inputs lie, under which launches it has run, and its graph."""
+    """What is known of a shape: where its inputs lie, which launches it ran with last, and its graph."""
 
     inputs: Inputs
     key: Hashable = None
-    counts: tuple[int, ...] | None = None
+    counts: tuple[int, ...] = ()
     graph: torch.cuda.CUDAGraph | None = None
     losses: torch.Tensor | None = None
 
@@ -93,8 +94,8 @@ class _Entry:
 class MicrobatchGraphs:
     """Runs small microbatches, from the second of a shape on as CUDA graphs.
 
-    The graphs share a pool of memory as large as the activations of the largest. Where one cannot be captured,
-    microbatches run as they come.
+    The graphs share a pool of memory as large as the activations of the largest. Where one cannot be captured, all
+    further microbatches run as they come.
 
     Args:
         base: the base model.
@@ -108,10 +109,9 @@ class MicrobatchGraphs:
     ) -> None:
         self.base, self.packed, self.most_tokens, self.compile_loss = base, packed, most_tokens, compile_loss
         self.padding = 0  # tokens computed that belong to no sequence
-        self.pool_bytes = 0  # what the graphs' pool took
         self._entries: OrderedDict[Shape, _Entry] = OrderedDict()
         self._captures = packed.work_counts is not None
-        self._pool = torch.cuda.graph_pool_handle() if base.device.type == "cuda" else None
+        self._pool: Any = None
 
     @property
     def captured(self) -> int:
@@ -120,9 +120,12 @@ class MicrobatchGraphs:
 
     def release(self) -> bool:
         """Give the memory of all graphs back and make no more; returns whether there were any."""
-        had_any, self.most_tokens = self.captured > 0, 0
+        if not self.captured:
+            return False
+        log.info("CUDA graphs give their memory up: from here on small microbatches run without")
         self._entries.clear()
-        return had_any
+        self.most_tokens = 0
+        return True
 
     def takes(self, microbatch: Microbatch) -> bool:
         """Whether a microbatch is small enough."""
@@ -133,6 +136,7 @@ class MicrobatchGraphs:
     ) -> torch.Tensor:
         """As `plora.training.rounds.forward_backward`; the next call overwrites what this one returns."""
         inputs = Inputs.of(microbatch, n_labels)
+        self.base.check_length(inputs.longest)  # a replay would not
         shape = inputs.padded_shape()
         padding = shape.tokens - len(inputs.tokens)
         self.padding += padding
@@ -165,8 +169,8 @@ class MicrobatchGraphs:
         if known and (entry.graph is None or entry.counts != counts):
             self._capture(entry)
         elif not known:
-            entry.graph = None
-        entry.key, entry.counts = key, counts
+            entry.graph = entry.losses = None
+        entry.key, entry.counts = key, counts or ()
         if entry.graph is None or entry.losses is None:
             # Also what has not run yet: a capture must meet nothing that is compiled or loaded on first use.
             return self._differentiate(entry)
@@ -179,9 +183,10 @@ class MicrobatchGraphs:
     def _capture(self, entry: _Entry) -> None:
         """Capture an entry's graph under the present route, which runs nothing."""
         entry.graph = entry.losses = None
+        if not self.captured:
+            # torch forgets a pool with its last graph.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_reserved(self.base.device)
         try:
             # The outer context, because a capture that fails would leave its own stream behind as the current one.
             with (
@@ -190,10 +195,11 @@ class MicrobatchGraphs:
             ):
                 entry.losses = self._differentiate(entry)
             entry.graph = graph
-            self.pool_bytes += max(0, torch.cuda.memory_reserved(self.base.device) - held)
         except torch.OutOfMemoryError:
             self.most_tokens = len(entry.inputs.tokens) - 1
+            self._entries.clear()  # what was allocated goes with the pool
             log.info("no memory for CUDA graphs of more than %d tokens", self.most_tokens)
         except RuntimeError as error:
-            self._captures = False
+            self.most_tokens = 0
+            self._entries.clear()
             log.warning("small microbatches run without CUDA graphs: %s", str(error).splitlines()[0])

@@ -8,6 +8,7 @@ work and read one round later.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -106,11 +107,6 @@ class PackJob:
         self._queued: _Round | None = None
         self._rounds = 0
         self._example_tokens = _mean_lengths(tasks)
-
-    @property
-    def graph_bytes(self) -> int:
-        """What the CUDA graphs' pool took."""
-        return self._graphs.pool_bytes if self._graphs else 0
 
     def run(self) -> list[TrialResult]:
         """Train every trial to its end.
@@ -240,7 +236,7 @@ class PackJob:
         scores: dict[int, dict[str, Score]] = {}
         for scorer in self._scorers:
             due = {slot: each.task for slot, each in self._live.items() if each.is_due(scorer.name)}
-            for slot, score in (scorer.score(due) if due else {}).items():
+            for slot, score in (self._scores(scorer, due) if due else {}).items():
                 scores.setdefault(slot, {})[scorer.name] = score
         for slot, by_name in scores.items():
             each = self._live[slot]
@@ -248,6 +244,16 @@ class PackJob:
             each.evals.append(record)
             self.listener.on_eval(each.trial, record)
         self.times.evaluation += time.perf_counter() - began
+
+    def _scores(self, scorer: Scorer, tasks: Mapping[int, Task]) -> Mapping[int, Score]:
+        try:
+            return scorer.score(tasks)
+        except torch.OutOfMemoryError:
+            if self._graphs is None or not self._graphs.release():
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        return scorer.score(tasks)
 
     def _evaluate_base(self) -> None:
         """Score the base once per data set."""

@@ -54,7 +54,11 @@ class PeakMemory:
     @property
     def reserved(self) -> int | None:
         """Most bytes that torch's allocator held, but for CUDA graphs made before ``reset``; None on a CPU."""
-        return torch.cuda.max_memory_reserved(self._device) - self._idle if self._is_cuda else None
+        if not self._is_cuda:
+            return None
+        # What was idle may be mere fragments, which others used since.
+        least = torch.cuda.max_memory_allocated(self._device)
+        return max(least, torch.cuda.max_memory_reserved(self._device) - self._idle)
 
 
 def _trim() -> None:

@@ -148,7 +148,7 @@ class PackProbe:
             warmup_seconds=sum(max(0.0, seconds - steady) for seconds in warmups),
             largest=max(longest, -(-work["tokens"] // count)),
             allocated=allocated if self._compiled else self._peaks.allocated,
-            reserved=reserved,
+            reserved=reserved if self._compiled else self._peaks.reserved,
         )
 
     def evaluation(self, tokens: int, length: int, labelled: float = 1.0) -> tuple[float, float]:

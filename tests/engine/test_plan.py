@@ -108,6 +108,7 @@ def test_results_do_not_depend_on_the_plan(by_loss: Finished, settings: Settings
         ({"dtype": "nf4"}, "it is for a base in nf4, model.dtype is fp32"),
         ({"n_devices": 8, "device": "h100"}, "it is for 8 devices (h100), there are 1"),
         ({"recomputed_layers": 99}, "Tiny-Llama-Instruct has 2 layers"),
+        ({"graph_tokens": 64}, "up to 64 tokens as CUDA graphs, here those of up to 0 can"),
     ],
 )
 def test_a_plan_of_another_sweep_is_refused_before_anything_is_loaded(

@@ -21,6 +21,7 @@ TRUE = StepCost(
     per_adapter=3e-4,
     per_param=2e-11,
     per_step=0.003,
+    token_step=PRIOR.token_step,
 )
 
 

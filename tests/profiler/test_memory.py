@@ -218,10 +218,13 @@ def test_chunks_of_logits_that_are_alive_at_once(rows):
 def test_graphs_hold_what_their_largest_microbatch_takes():
     graphs = MemoryModel(SEVEN_B, compiled=True, graph_tokens=2048)
     captured = graphs.parts_from_bytes(0, 2048, 16)
-    assert graphs.graph_bytes(2048, 16) == captured.microbatch
-    assert graphs.graph_tokens_within(captured.microbatch, 16) == 2048
-    assert graphs.graph_tokens_within(captured.microbatch - 1, 16) == 1024
-    assert graphs.graph_tokens_within(0, 16) == 0
+    assert graphs.graph_bytes(2048, 16) == graphs.graph_bytes(8192, 16) == captured.microbatch
+    for tokens in (512, 2048, 8192):
+        without, with_graphs = (
+            each.parts_from_bytes(0, tokens, 16) for each in (replace(graphs, graph_tokens=0), graphs)
+        )
+        assert with_graphs.allocated == without.allocated
+        assert with_graphs.total - without.total == graphs.graph_bytes(tokens, 16) > 0
     with pytest.raises(ValueError, match="graph_tokens must not be negative, got -1"):
         MemoryModel(SEVEN_B, graph_tokens=-1)
 

@@ -139,3 +139,15 @@ def test_free_host_memory_is_within_the_machine(monkeypatch, tmp_path):
     monkeypatch.setattr("plora.profiler.hardware._cgroup_bytes", limits.get)
     monkeypatch.setattr("plora.profiler.hardware._cgroup_page_cache", lambda: 50)
     assert host_free_bytes() == 150
+
+
+def test_rounds_of_just_so_many_tokens_cost_whole_steps() -> None:
+    """On average, over all numbers of tokens, as much as a plan takes them to cost."""
+    cost = replace(estimate(GPUS["h100"], SEVEN_B).cost(1), floor=0.0)
+    step = cost.token_step
+    assert step == 128
+    exact = [cost.round_seconds(tokens, 0.0, 1, 0.0, 1, labels=0) for tokens in range(4 * step + 1, 5 * step + 1)]
+    assert max(exact) == pytest.approx(min(exact))
+    assert exact[0] == pytest.approx(cost.round_of(4.5 * step, 0.0, 1, 0.0, 1))
+    assert cost.even_tokens(2 * 4.5 * step, 2) == pytest.approx(2 * 4.5 * step)
+    assert replace(cost, token_step=1).even_tokens(77, 3) == 77

@@ -112,7 +112,10 @@ def test_graphs_do_what_eager_rounds_do(compiled: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
         assert (packed.arena.grad - gradient).norm() <= 2e-2 * gradient.norm()
         optimizer.step(dict.fromkeys(packed.slots, (1e-3, 1e-3)), found)
-    assert replayed >= 8
+        if i in (11, 23):
+            assert graphs.captured
+            assert replayed >= 4
+            replayed = 0
     packed.unpack(base.module)
 
 
