@@ -92,7 +92,7 @@ class _Entry:
 
 
 class MicrobatchGraphs:
-    """Runs small microbatches, from the second of a shape on as CUDA graphs.
+    """Runs small microbatches padded to few shapes, from the second of a shape on as CUDA graphs.
 
     The graphs share a pool of memory as large as the activations of the largest. Where one cannot be captured, all
     further microbatches run as they come.
@@ -154,14 +154,14 @@ class MicrobatchGraphs:
 
     def _entry(self, shape: Shape, padded: Inputs) -> _Entry:
         """That of a shape, with these inputs."""
-        if shape not in self._entries:
+        if shape in self._entries:
+            self._entries.move_to_end(shape)
+            self._entries[shape].inputs.copy_(padded)
+        else:
             self._entries[shape] = _Entry(padded.to(self.base.device))
             if len(self._entries) > _MOST_GRAPHS:
                 self._entries.popitem(last=False)
-        self._entries.move_to_end(shape)
-        entry = self._entries[shape]
-        entry.inputs.copy_(padded)
-        return entry
+        return self._entries[shape]
 
     def _run(self, entry: _Entry) -> torch.Tensor:
         key, counts = self.packed.launch_key, self.packed.work_counts

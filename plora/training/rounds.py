@@ -1,6 +1,6 @@
 """The device's share of a round: gradients of whole batches, and the numbers that come back late.
 
-Nothing here waits for the device; `Readback.wait` does, and is called one round later.
+Nothing here waits for the device, but for the capture of a CUDA graph; `Readback.wait` does, one round later.
 """
 
 from __future__ import annotations

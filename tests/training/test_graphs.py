@@ -11,7 +11,7 @@ import torch
 from plora.data.microbatch import pack
 from plora.data.types import IGNORE_INDEX, Example
 from plora.models.base import BaseModel
-from plora.models.spec import ModelSpec
+from plora.models.spec import ModelError, ModelSpec
 from plora.modules.config import AdapterConfig
 from plora.modules.packed import PackedAdapters, pack_adapters
 from plora.training.graphs import MicrobatchGraphs, launch_bound_tokens, small_microbatches
@@ -109,3 +109,18 @@ def test_large_models_are_seldom_bound_by_launches() -> None:
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[0] > 10000
     assert 1000 < tokens[2] < 4000
+
+
+def test_sequences_too_long_for_the_model_are_refused(base: BaseModel) -> None:
+    """A graph that was captured for a shorter one of the same shape would not look."""
+    packed = packed_on(base)
+    graphs = MicrobatchGraphs(base, packed, 1000)
+    (microbatch,) = pack({0: [example(base.spec.max_positions + 1, 3)]}, 1000)
+    with pytest.raises(ModelError, match="exceeds the 64 positions"):
+        graphs.forward_backward(microbatch, {0: 3}, {})
+
+
+def test_nothing_is_given_up_where_there_are_no_graphs(base: BaseModel) -> None:
+    graphs = MicrobatchGraphs(base, packed_on(base), 1000)
+    assert not graphs.release()
+    assert graphs.most_tokens == 1000
