@@ -145,12 +145,12 @@ def grad_hidden_and_up(
     ``clusters``: the form for compute capability 9.0 and later, or the one for all. Default: what the device has.
     ``clusters_per_run``: how many of them share the columns. Default: as many as fill the device.
     """
-    counts = work.counts.tolist()
+    counts = work.counts
     clusters = kernels().has_clusters() if clusters is None else clusters
-    pieces, count = (work.walks, counts[2]) if clusters else (work.runs, counts[1])
+    pieces, count = (work.walks, counts.walks) if clusters else (work.runs, counts.runs[0])
     kernels().grad_hidden(
         dy, hidden, weight, dhidden, grad, pieces, count, offsets, True, token_index, work.sums, work.counters,
-        counts[4], clusters, clusters_per_run,
+        counts.other_blocks, clusters, clusters_per_run,
     )  # fmt: skip
 
 

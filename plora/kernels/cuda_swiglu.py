@@ -139,11 +139,11 @@ def swiglu_grad(
     steps: int = 0,
 ) -> None:
     """All of backward, without dropout: in one pass for adapters of few ranks, in four for the others."""
-    wide, counts = _wide(work), work.counts.tolist()
+    wide, counts = _wide(work), work.counts
     act = None if wide is None else torch.empty_like(gate)
     kernels().swiglu_grad(
-        dact, dhidden_down, gate, up, hidden, weight, grad, dgate, dup, act, dhidden, work.tiles, counts[0], work.walks,
-        counts[2], offsets, down_offsets, work.sums, work.counters, counts[4], steps,
+        dact, dhidden_down, gate, up, hidden, weight, grad, dgate, dup, act, dhidden, work.tiles, counts.tiles[0],
+        work.walks, counts.walks, offsets, down_offsets, work.sums, work.counters, counts.other_blocks, steps,
     )  # fmt: skip
     if wide is not None and act is not None:
         columns = hidden.shape[1] // 2
@@ -155,6 +155,8 @@ def swiglu_grad(
 
 def _wide(work: Work) -> Work | None:
     """The work of the adapters of too many ranks for ``swiglu_grad`` to see to, which its lists begin with."""
-    counts = work.counts.clone()
-    counts[1:3] = counts[11:13]
-    return replace(work, counts=counts) if int(counts[2]) else None
+    counts = work.counts
+    if not counts.wide_walks:
+        return None
+    only = counts._replace(runs=(counts.wide_runs, *counts.runs[1:]), walks=counts.wide_walks)
+    return replace(work, numbers=torch.tensor(only.flat()))

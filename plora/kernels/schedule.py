@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -121,11 +122,49 @@ def _rank_class(ranks: np.ndarray) -> np.ndarray:
     return np.select([ranks <= 16, ranks <= 32, ranks <= 64], [16, 32, 64], 128)
 
 
+class Counts(NamedTuple):
+    """What launches depend on beside shapes and addresses.
+
+    Args:
+        tiles: records of tiles, for groups of one, two and three linears; unused ones count.
+        runs: likewise of runs.
+        tile_blocks: workspace of the tiles, likewise, in blocks.
+        shares: the largest share of a tile in the work, likewise, in 1/65536.
+        walks: records of walks.
+        other_blocks: workspace of the runs and walks of one linear, in blocks.
+        wide_runs, wide_walks: of one linear, records for pieces of more than ``FUSED_RANKS`` ranks, which come first.
+    """
+
+    tiles: tuple[int, ...]
+    runs: tuple[int, ...]
+    tile_blocks: tuple[int, ...]
+    shares: tuple[int, ...]
+    walks: int
+    other_blocks: int
+    wide_runs: int
+    wide_walks: int
+
+    @classmethod
+    def of(cls, flat: Sequence[int]) -> Counts:
+        """From their flat form."""
+        tiles, runs, tile_blocks, shares = (
+            tuple(flat[first : first + MOST_MEMBERS]) for first in range(0, 4 * MOST_MEMBERS, MOST_MEMBERS)
+        )
+        return cls(tiles, runs, tile_blocks, shares, *flat[4 * MOST_MEMBERS :])
+
+    def flat(self) -> list[int]:
+        """The form in which they cross the operator boundary."""
+        return [*self.tiles, *self.runs, *self.tile_blocks, *self.shares, *self[4:]]
+
+
+NO_COUNTS = Counts.of([0] * (4 * MOST_MEMBERS + 4))
+
+
 @dataclass(frozen=True)
 class Work:
     """``DeviceTables`` as they cross the operator boundary."""
 
-    counts: torch.Tensor  # int64 [16] on the host, see ``DeviceTables``
+    numbers: torch.Tensor  # int64 on the host, ``Counts``
     tiles: torch.Tensor
     runs: torch.Tensor
     walks: torch.Tensor
@@ -133,20 +172,24 @@ class Work:
     sums: torch.Tensor
     counters: torch.Tensor
 
+    @property
+    def counts(self) -> Counts:
+        """What its launches depend on."""
+        return Counts.of(self.numbers.tolist())
+
     def tiles_of(self, members: int) -> tuple[int, int, int]:
         """Of a group of so many linears: the first of its tiles, how many, and their workspace in blocks."""
-        counts = self.counts.tolist()
-        first = (0, counts[0], counts[0] + counts[5])[members - 1]
-        return first, counts[(0, 5, 6)[members - 1]], counts[(3, 9, 10)[members - 1]]
+        counts = self.counts
+        return sum(counts.tiles[: members - 1]), counts.tiles[members - 1], counts.tile_blocks[members - 1]
 
     def most_share_of(self, members: int) -> int:
         """Likewise the largest share of a tile in the work, in 1/65536."""
-        return int(self.counts[12 + members])
+        return self.counts.shares[members - 1]
 
     def runs_of(self, members: int) -> tuple[int, int]:
         """Likewise the first of its runs and how many."""
-        counts = self.counts.tolist()
-        return (0, counts[1], counts[1] + counts[7])[members - 1], counts[(1, 7, 8)[members - 1]]
+        runs = self.counts.runs
+        return sum(runs[: members - 1]), runs[members - 1]
 
 
 class DeviceTables:
@@ -161,10 +204,8 @@ class DeviceTables:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Tiles, runs, walks, the workspace blocks of tiles and of the others; then tiles of two and of three
-        # members, their runs, and their tiles' blocks; then places for those of the runs and walks of one that are of
-        # more than FUSED_RANKS ranks, which come first; then the largest share of a tile of one, two and three members.
-        self._counts = torch.zeros(16, dtype=torch.int64)
+        self._counts = NO_COUNTS
+        self._numbers = torch.tensor(self._counts.flat())
         self._tiles = self._records(0, device)
         self._runs = self._records(0, device)
         self._walks = self._records(0, device)
@@ -172,14 +213,14 @@ class DeviceTables:
         self._sums = torch.zeros(0, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
-    def update(self, tables: Tables, at_least: Sequence[int] | None = None) -> None:
+    def update(self, tables: Tables, at_least: Counts | None = None) -> None:
         """Make the lists for ``tables``; small copies that do not wait for the device.
 
         Args:
             tables: of the microbatch.
-            at_least: counts, as ``counts`` gave them, that the lists are filled up to with unused records.
-                Launches depend on the counts alone, so what was captured with some serves all that need no more.
-                Given any, also none, counts are rounded up coarsely. Default: as few records as will do.
+            at_least: counts that the lists are filled up to with unused records. Launches depend on the counts alone,
+                so what was captured with some serves all that need no more. Given any, counts are rounded up coarsely.
+                Default: as few records as will do.
         """
         # One block for all rows of an adapter adds in a fixed order.
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -188,41 +229,26 @@ class DeviceTables:
         tiles = [pieces(tables, TILE_ROWS, TILE_RANKS, with_base=True, members=n) for n in groups]
         runs = [pieces(tables, rows, RUN_RANKS, with_base=False, members=n) for n in groups]
         walks = pieces(tables, WALK_ROWS, WALK_RANKS, with_base=False)
-        least = at_least or [0] * len(self._counts)
-        room = _rounded if at_least is None else _coarsely_rounded
-        wide = [max(room(each.wide), count) for each, count in zip((runs[0], walks), least[11:13], strict=True)]
-        tile_counts = [room(len(each.records)) for each in tiles]
-        run_counts = [room(len(each.records)) for each in runs]
-        run_counts[0] = wide[0] + room(len(runs[0].records) - runs[0].wide)
-        walk_count = wide[1] + room(len(walks.records) - walks.wide)
-        blocks = [coarse(each.blocks) for each in tiles]
-        shares = [coarse(each.most_share) for each in tiles]
-        needed = [
-            tile_counts[0], run_counts[0], walk_count, blocks[0], coarse(max(runs[0].blocks, walks.blocks)),
-            *tile_counts[1:], *run_counts[1:], *blocks[1:], *wide, *shares,
-        ]  # fmt: skip
-        counts = [max(pair) for pair in zip(needed, least, strict=True)]
-        # The shares bound how many blocks a launch has; a piece that asks for more makes do with those.
-        counts[13:] = [known if 2 * known >= own else own for known, own in zip(least[13:], shares, strict=True)]
-        self._counts.copy_(torch.tensor(counts))
-        tile_counts, run_counts = [counts[0], *counts[5:7]], [counts[1], *counts[7:9]]
-        self._tiles = _written(self._tiles, tiles, tile_counts)
-        self._runs = _written(self._runs, runs, run_counts, wide[0])
-        self._walks = _written(self._walks, [walks], counts[2:3], wide[1])
-        partials = max(counts[3] * MAX_SPLITS, max(counts[9:11]) * MAX_GROUP_SPLITS)
+        self._counts = counts = _counts(tiles, runs, walks, at_least)
+        self._numbers.copy_(torch.tensor(counts.flat()))
+        self._tiles = _written(self._tiles, tiles, counts.tiles)
+        self._runs = _written(self._runs, runs, counts.runs, counts.wide_runs)
+        self._walks = _written(self._walks, [walks], [counts.walks], counts.wide_walks)
+        alone, *grouped = counts.tile_blocks
+        partials = max(alone * MAX_SPLITS, max(grouped) * MAX_GROUP_SPLITS)
         self._partials = _at_least(self._partials, partials * SCRATCH_BLOCK)
         # Twice, because swiglu_grad makes dh of two linears at a time.
-        self._sums = _at_least(self._sums, 2 * counts[4] * SCRATCH_BLOCK)
-        self._counters = _at_least(self._counters, max(*tile_counts, run_counts[0], CLUSTER * counts[2]))
+        self._sums = _at_least(self._sums, 2 * counts.other_blocks * SCRATCH_BLOCK)
+        self._counters = _at_least(self._counters, max(*counts.tiles, counts.runs[0], CLUSTER * counts.walks))
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """What launches depend on beside shapes and addresses."""
-        return tuple(self._counts.tolist())
+    def counts(self) -> Counts:
+        """Of the lists as they are."""
+        return self._counts
 
     def as_list(self) -> list[torch.Tensor]:
         """The form in which they cross the operator boundary: ``Work(*tables.as_list())``."""
-        lists = [self._counts, self._tiles, self._runs, self._walks]
+        lists = [self._numbers, self._tiles, self._runs, self._walks]
         return [*lists, self._partials, self._sums, self._counters]
 
     @staticmethod
@@ -236,6 +262,30 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.to(device)
     # torch's pinned memory is not reused before the copies from it have run.
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _counts(tiles: Sequence[PieceList], runs: Sequence[PieceList], walks: PieceList, at_least: Counts | None) -> Counts:
+    """Counts of the lists, no less than ``at_least``; see ``DeviceTables.update``."""
+    room = _rounded if at_least is None else _coarsely_rounded
+    least = at_least or NO_COUNTS
+    wide_runs, wide_walks = max(room(runs[0].wide), least.wide_runs), max(room(walks.wide), least.wide_walks)
+    needed = Counts(
+        tiles=tuple(room(len(each.records)) for each in tiles),
+        runs=(
+            wide_runs + room(len(runs[0].records) - runs[0].wide),
+            *(room(len(each.records)) for each in runs[1:]),
+        ),
+        tile_blocks=tuple(coarse(each.blocks) for each in tiles),
+        shares=tuple(coarse(each.most_share) for each in tiles),
+        walks=wide_walks + room(len(walks.records) - walks.wide),
+        other_blocks=coarse(max(runs[0].blocks, walks.blocks)),
+        wide_runs=wide_runs,
+        wide_walks=wide_walks,
+    )
+    counts = Counts.of([max(pair) for pair in zip(needed.flat(), least.flat(), strict=True)])
+    # The shares bound how many blocks a launch has; a piece that asks for more makes do with those.
+    shares = zip(least.shares, needed.shares, strict=True)
+    return counts._replace(shares=tuple(known if 2 * known >= own else own for known, own in shares))
 
 
 def _rounded(count: int) -> int:
@@ -252,7 +302,7 @@ def coarse(number: int) -> int:
     return -(-number // step) * step
 
 
-def _written(table: torch.Tensor, lists: list[PieceList], counts: list[int], wide: int = 0) -> torch.Tensor:
+def _written(table: torch.Tensor, lists: Sequence[PieceList], counts: Sequence[int], wide: int = 0) -> torch.Tensor:
     """The lists one after the other in ``table``'s memory or a larger one, each filled up with unused records.
 
     ``counts``: records of each list. ``wide``: of the first one, where the pieces begin that are not wide.

@@ -14,7 +14,7 @@ from plora.kernels.dispatch import backend
 from plora.kernels.dropout import combine, threshold
 from plora.kernels.ops import GradientBuffer
 from plora.kernels.reference import ABSENT, Tables
-from plora.kernels.schedule import DeviceTables, upload
+from plora.kernels.schedule import Counts, DeviceTables, upload
 from plora.modules.adapter import Adapter, Layout
 from plora.modules.arena import Arena, aligned
 from plora.modules.config import AdapterConfig
@@ -173,7 +173,7 @@ class PackedAdapters(nn.Module):
         token_index: torch.Tensor | None = None,
         steps: Mapping[int, int] | None = None,
         dropout: bool | None = None,
-        work_counts: Sequence[int] | None = None,
+        work_counts: Counts | None = None,
     ) -> Iterator[None]:
         """Say which rows of the flattened input belong to which adapter, for the forwards inside.
 
@@ -187,8 +187,8 @@ class PackedAdapters(nn.Module):
                 keys its dropout mask. Default: rows counted from the adapter's first one.
             steps: the step of each slot, which keys its dropout mask. Default: a count of routes.
             dropout: whether dropout is on. Default: whether the model is in training mode.
-            work_counts: see the property of this name. Given any, also none ``()``, launches get room to spare, at
-                least as much as these say, so that what was captured under one route serves similar ones.
+            work_counts: see the property of this name. Given any, launches get room to spare, at least as much as these
+                say, so that what was captured under one route serves similar ones.
 
         Raises:
             ValueError: if a row count is negative, or not zero for an empty slot.
@@ -210,7 +210,7 @@ class PackedAdapters(nn.Module):
             shared.routed.fill_(False)
 
     @property
-    def work_counts(self) -> tuple[int, ...] | None:
+    def work_counts(self) -> Counts | None:
         """How much the kernels' launches of this route have room for; None where the kernels do not run."""
         tables = self._shared.device_tables
         return None if tables is None else tables.counts
@@ -345,7 +345,7 @@ class PackedAdapters(nn.Module):
             shared.device_tables = DeviceTables(device)
             self._device_offsets, self._offsets_version = self._offsets.to(device), -1
 
-    def _update_device_tables(self, work_counts: Sequence[int] | None) -> None:
+    def _update_device_tables(self, work_counts: Counts | None) -> None:
         shared = self._shared
         if shared.device_tables is None or self._device_offsets is None:
             return

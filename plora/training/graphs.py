@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from plora.data.types import Microbatch
+from plora.kernels.schedule import NO_COUNTS, Counts
 from plora.models.base import BaseModel
 from plora.models.spec import ModelSpec
 from plora.modules.packed import PackedAdapters
@@ -86,7 +87,7 @@ class _Entry:
 
     inputs: Inputs
     key: Hashable = None
-    counts: tuple[int, ...] = ()
+    counts: Counts = NO_COUNTS
     graph: torch.cuda.CUDAGraph | None = None
     losses: torch.Tensor | None = None
 
@@ -170,7 +171,7 @@ class MicrobatchGraphs:
             self._capture(entry)
         elif not known:
             entry.graph = entry.losses = None
-        entry.key, entry.counts = key, counts or ()
+        entry.key, entry.counts = key, counts or NO_COUNTS
         if entry.graph is None or entry.losses is None:
             # Also what has not run yet: a capture must meet nothing that is compiled or loaded on first use.
             return self._differentiate(entry)

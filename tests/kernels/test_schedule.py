@@ -17,6 +17,7 @@ from plora.kernels.schedule import (
     TILE_RANKS,
     TILE_ROWS,
     WALK_RANKS,
+    Counts,
     DeviceTables,
     Work,
     pieces,
@@ -109,7 +110,7 @@ def test_tables_keep_their_memory_and_clear_old_records():
     after = device.as_list()
     assert [t.data_ptr() for t in after] == [t.data_ptr() for t in before]
     work = Work(*after)
-    assert work.counts.tolist() == [8, 8, 8, 1, 1, 8, 8, 8, 8, 2, 4, 0, 0, *[65536] * 3]
+    assert work.counts == Counts((8, 8, 8), (8, 8, 8), (1, 2, 4), (65536,) * 3, 8, 1, 0, 0)
     for table in (work.tiles, work.runs):
         assert table[:24, 2].tolist() == [3, 0, 0, 0, 0, 0, 0, 0] * 3
 
@@ -142,9 +143,12 @@ def test_adapters_too_wide_to_fuse_come_first():
     made, device = tables(), DeviceTables(torch.device("cpu"))
     device.update(made)
     work = Work(*device.as_list())
-    for table, count, wide in ((work.runs, 1, 11), (work.walks, 2, 12)):
-        ranks = table[: int(work.counts[count]), 5]
-        first = int(work.counts[wide])
+    counts = work.counts
+    for table, count, first in (
+        (work.runs, counts.runs[0], counts.wide_runs),
+        (work.walks, counts.walks, counts.wide_walks),
+    ):
+        ranks = table[:count, 5]
         used = ranks[:first] > 0
         assert (ranks[:first][used] > FUSED_RANKS).all()
         assert (ranks[first:] <= FUSED_RANKS).all()
@@ -164,7 +168,7 @@ def test_counts_of_another_microbatch_are_kept_where_it_needs_no_more():
             found = [used(Work(*each.as_list()), which, members) for each in (device, plain)]
             assert torch.equal(*found)
     device.update(large, plain.counts)
-    assert device.counts[:13] >= counts[:13]
+    assert all(mine >= theirs for mine, theirs in zip(device.counts.flat(), plain.counts.flat(), strict=True))
     assert device.counts != plain.counts
 
 
