@@ -33,7 +33,7 @@ from plora.models import from_config
 from plora.profiler import CalibrationRound, MemoryModel, Profile, StepCost, calibration_rounds, fit_profile
 from plora.profiler.calibration import Calibration
 from plora.profiler.memory import GIB
-from plora.training.graphs import launch_bound_tokens
+from plora.training.graphs import graph_tokens
 from plora.training.loss import can_compile, chunk_rows
 from plora.training.peaks import PeakMemory
 from plora.training.probe import MeasuredRound, PackProbe
@@ -199,13 +199,12 @@ def measure_model(
     free = int(models.free_bytes() * 0.95)
     base = from_config(name, dtype=dtype, device=device)
     base.set_activation_checkpointing(options.checkpointing)
-    graph_tokens = options.graph_tokens
-    if graph_tokens is None:
-        graph_tokens = launch_bound_tokens(base.spec) if device.type == "cuda" and dtype == "bf16" else 0
+    usual = graph_tokens(base.spec, device, dtype)
+    most_tokens = usual if options.graph_tokens is None else options.graph_tokens
     memory = MemoryModel(
         base.spec, dtype=dtype, device=device.type, loss_chunk=chunk_rows(base.spec.vocab_size, device),
         compiled=can_compile(device), activation_checkpointing=options.checkpointing,
-        graph_tokens=graph_tokens,
+        graph_tokens=most_tokens,
     )  # fmt: skip
     print(f"{name} in {dtype} on {models.name}, torch {torch.__version__}", flush=True)
     chosen = calibration_rounds(memory, models.estimate(memory).cost(1), free)
@@ -223,7 +222,7 @@ def measure_model(
 
     mixes = MIXES[device.type][-options.mixes :]
     inside = [ranks for ranks in mixes if state(ranks) <= state(chosen.ranks) and max(ranks) <= max(chosen.ranks)]
-    with PackProbe(base, chosen.ranks, peaks, graph_tokens=graph_tokens) as probe:
+    with PackProbe(base, chosen.ranks, peaks, graph_tokens=most_tokens) as probe:
         profile, found = fit(probe, chosen, memory, models, options, interrupt)
         if profile is None:
             return
@@ -239,7 +238,7 @@ def measure_model(
         comparison.again(probe, chosen.rounds[:AGAIN], found)
     for ranks in mixes:
         if ranks not in inside and not interrupt.came:
-            with PackProbe(base, ranks, peaks, graph_tokens=graph_tokens) as probe:
+            with PackProbe(base, ranks, peaks, graph_tokens=most_tokens) as probe:
                 comparison.run(probe, ranks, packs_of(ranks, ranks))
     comparison.summarise()
 

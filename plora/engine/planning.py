@@ -13,13 +13,12 @@ import torch
 from plora.config.schema import SweepConfig
 from plora.data.types import Task
 from plora.engine.costs import CostModels
-from plora.kernels.dispatch import backend
 from plora.models import ModelSpec
 from plora.planner import Load, Plan, PlannedJob, Problem, check_plan, load_trials, make_problem, plan_on, retimed
 from plora.planner.costs import ROWS_AT_A_TIME
 from plora.profiler import MemoryModel, StepCost, find_gpu, format_bytes
 from plora.search.trial import DEFAULT_TRIAL, Trial
-from plora.training.graphs import launch_bound_tokens
+from plora.training.graphs import graph_tokens
 from plora.training.live import evaluation_steps
 from plora.training.loss import can_compile, chunk_rows
 from plora.training.scorers import LABEL_ACCURACY
@@ -241,19 +240,11 @@ def memory_models(config: SweepConfig, spec: ModelSpec, device: torch.device) ->
         moments=config.packing.optimizer_state,
         loss_chunk=chunk_rows(spec.vocab_size, device),
         compiled=can_compile(device),
-        graph_tokens=_graph_tokens(config, spec, device),
+        graph_tokens=graph_tokens(spec, device, config.model.compute_dtype) if config.packing.cuda_graphs else 0,
     )
     graphs = [plain, replace(plain, graph_tokens=0)] if plain.graph_tokens else [plain]
     recomputing = [replace(each, activation_checkpointing=True) for each in graphs] if wanted == "auto" else []
     return graphs + recomputing
-
-
-def _graph_tokens(config: SweepConfig, spec: ModelSpec, device: torch.device) -> int:
-    """Most tokens of a microbatch that would run as a CUDA graph."""
-    # A plan for a GPU that is not here takes it to have the kernels.
-    has_kernels = device.type == "cuda" and (not torch.cuda.is_available() or backend().name == "cuda")
-    has_graphs = has_kernels and config.model.compute_dtype == "bf16" and config.packing.cuda_graphs
-    return launch_bound_tokens(spec) if has_graphs else 0
 
 
 def log_plan(planned: SweepPlan) -> None:

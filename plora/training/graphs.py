@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from plora.data.types import Microbatch
+from plora.kernels.dispatch import backend
 from plora.kernels.schedule import NO_COUNTS, Counts
 from plora.models.base import BaseModel
 from plora.models.spec import ModelSpec
@@ -39,6 +40,15 @@ def launch_bound_tokens(spec: ModelSpec) -> int:
     """Tokens of a microbatch up to which launching the kernels takes longer than running them."""
     per_token = 4 * sum(layer.in_features * layer.out_features for layer in spec.linears)
     return min(_MOST_TOKENS, int(_LAUNCH_BOUND / per_token))
+
+
+def graph_tokens(spec: ModelSpec, device: torch.device, dtype: str) -> int:
+    """Most tokens of a microbatch that a job would run as a CUDA graph; 0 where the CUDA kernels do not run.
+
+    A GPU that is not here, where a plan is made for one, is taken to have them.
+    """
+    has_kernels = device.type == "cuda" and (not torch.cuda.is_available() or backend().name == "cuda")
+    return launch_bound_tokens(spec) if has_kernels and dtype == "bf16" else 0
 
 
 def small_microbatches(

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from plora.data.types import Microbatch
-from plora.kernels.schedule import coarse
+from plora.kernels.schedule import coarse, upload
 from plora.models.attention import PackedSequences
 
 # Tokens and labelled rows are padded to whole ones of these, lists of sequences to these.
@@ -85,7 +85,7 @@ class Inputs:
 
     def to(self, device: torch.device) -> Self:
         """On ``device``, without waiting for it."""
-        moved: dict[str, Any] = {name: _send(tensor, device) for name, tensor in self._tensors().items()}
+        moved: dict[str, Any] = {name: upload(tensor, device) for name, tensor in self._tensors().items()}
         return replace(self, **moved)
 
     def copy_(self, other: Inputs) -> None:
@@ -137,8 +137,3 @@ class Inputs:
 
 def _whole(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-def _send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # From pageable memory the copy would wait for the work that is queued before it.
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -14,7 +14,7 @@ from plora.models.base import BaseModel
 from plora.models.spec import ModelError, ModelSpec
 from plora.modules.config import AdapterConfig
 from plora.modules.packed import PackedAdapters, pack_adapters
-from plora.training.graphs import MicrobatchGraphs, launch_bound_tokens, small_microbatches
+from plora.training.graphs import MicrobatchGraphs, graph_tokens, launch_bound_tokens, small_microbatches
 from plora.training.inputs import Inputs
 from plora.training.rounds import batch_gradients
 from tests.training import toy
@@ -124,3 +124,14 @@ def test_nothing_is_given_up_where_there_are_no_graphs(base: BaseModel) -> None:
     graphs = MicrobatchGraphs(base, packed_on(base), 1000)
     assert not graphs.release()
     assert graphs.most_tokens == 1000
+
+
+def test_graphs_are_planned_for_where_the_kernels_run_or_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, here, gpu = ModelSpec.preset("Qwen/Qwen2.5-7B"), torch.device("cpu"), torch.device("cuda")
+    assert graph_tokens(spec, here, "bf16") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a plan for a GPU that is not here
+    assert graph_tokens(spec, gpu, "bf16") == launch_bound_tokens(spec)
+    assert graph_tokens(spec, gpu, "fp32") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PLORA_BACKEND", "reference")
+    assert graph_tokens(spec, gpu, "bf16") == 0
