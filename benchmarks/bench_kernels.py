@@ -162,7 +162,8 @@ class Case:
         def backward(i: int) -> None:
             p = self.problems[i]
             dhidden = reference.lora_up_backward(p.dys, self.state[i][0], p.weight, p.grad, p.offsets, p.tables)
-            reference.lora_down_backward(dhidden, p.x, p.weight, p.grad, p.offsets, p.tables, p.token_index, True)
+            reference.lora_down_grad_input(dhidden, p.d, p.weight, p.offsets, p.tables, p.token_index)
+            reference.lora_down_grad_factor(dhidden, p.x, p.grad, p.offsets, p.tables, p.token_index)
 
         return {"forward": self.time(forward), "backward": self.time(backward)}
 

@@ -60,10 +60,11 @@ struct DownArgs {
   bool use_dropout, use_scale;
 };
 
-// out = y + mask * scale * hidden F, summed over the members.
+// out = y + residual + mask * scale * hidden F, summed over the members.
 struct UpArgs {
   Schedule schedule;
-  const void* y;  // null: zero
+  const void* y;         // null: zero
+  const void* residual;  // likewise
   const void* hidden;
   const void* factors;
   void* out;  // may be y

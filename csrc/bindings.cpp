@@ -51,18 +51,23 @@ void down(const Tensor& x, const Tensor& factors, Tensor hidden, const Tensor& p
 
 void up(const std::optional<Tensor>& y, const Tensor& hidden, const Tensor& factors, Tensor out, const Tensor& pieces,
         int64_t first, int64_t count, int64_t most_share, const Tensor& offsets, bool second, const Tensor& token_index,
-        bool use_dropout, bool use_scale, int64_t slots) {
+        bool use_dropout, bool use_scale, int64_t slots, const std::optional<Tensor>& residual) {
   check(out, "out", at::kBFloat16, 2, out);
   const c10::cuda::CUDAGuard guard(out.device());
   if (y) {
     check(*y, "y", at::kBFloat16, 2, out);
     require(y->sizes() == out.sizes(), "y must have shape ", out.sizes(), ", got ", y->sizes());
   }
+  if (residual) {
+    check(*residual, "residual", at::kBFloat16, 2, out);
+    require(residual->sizes() == out.sizes(), "residual must have shape ", out.sizes(), ", got ", residual->sizes());
+  }
   check_hidden(hidden, "hidden", out.size(0), out);
   check(factors, "factors", at::kBFloat16, 1, out);
   plora::UpArgs args{};
   args.schedule = schedule(pieces, count, offsets, second, token_index, out.size(0), out, hidden.size(1), first);
   args.y = y ? y->const_data_ptr() : nullptr;
+  args.residual = residual ? residual->const_data_ptr() : nullptr;
   args.hidden = hidden.const_data_ptr();
   args.factors = factors.const_data_ptr();
   args.out = out.mutable_data_ptr();
@@ -147,9 +152,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("down", &down, "hidden = scale? * dropout(x) F^T", arg("x"), arg("factors"), arg("hidden"), arg("pieces"),
         arg("first"), arg("count"), arg("most_share"), arg("offsets"), arg("second"), arg("token_index"),
         arg("partials"), arg("counters"), arg("blocks"), arg("use_dropout"), arg("use_scale"), arg("slots") = 0);
-  m.def("up", &up, "out = y + mask * scale? * hidden F", arg("y"), arg("hidden"), arg("factors"), arg("out"),
+  m.def("up", &up, "out = y + residual + mask * scale? * hidden F", arg("y"), arg("hidden"), arg("factors"), arg("out"),
         arg("pieces"), arg("first"), arg("count"), arg("most_share"), arg("offsets"), arg("second"), arg("token_index"),
-        arg("use_dropout"), arg("use_scale"), arg("slots") = 0);
+        arg("use_dropout"), arg("use_scale"), arg("slots") = 0, arg("residual") = pybind11::none());
   m.def("grad_factor", &grad_factor, "grad += scale? * hidden^T dropout(x)", arg("x"), arg("hidden"), arg("grad"),
         arg("pieces"), arg("first"), arg("count"), arg("offsets"), arg("second"), arg("token_index"),
         arg("use_dropout"), arg("use_scale"));

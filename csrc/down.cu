@@ -5,7 +5,7 @@ namespace plora {
 int down(const DownArgs& args, void* stream) {
   const dim3 grid(args.splits, args.schedule.count);
   const bool vector = args.width % 8 == 0 && on_16_bytes(args.x) && on_16_bytes(args.factors);
-  return launch(vector ? down_kernel<true> : down_kernel<false>, args, grid, kDownThreads, &Tuned::down, 0, stream);
+  return launch(vector ? down_kernel<true> : down_kernel<false>, args, grid, kDownThreads, &Tuned::down, stream);
 }
 
 int down_slots(int64_t width, int count, int members) {

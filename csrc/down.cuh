@@ -143,12 +143,13 @@ template <bool kVector>
 __global__ void __launch_bounds__(kDownThreads, 3) down_kernel(const DownArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
-  if (piece.rows == 0 || piece.slot < 0) return;
   const Split split = split_of(piece, args.slots, gridDim.x);
-  if (split.index >= split.of) return;
   constexpr int kChunks = kTileRanks / kChunk;
   __shared__ Chunk chunks[kChunks];
-  if (!find_chunks(chunks, kChunks, args.schedule, piece, piece.rank_begin / kChunk, args.width)) return;
+  const bool works = piece.rows > 0 && piece.slot >= 0 && split.index < split.of &&
+                     find_chunks(chunks, kChunks, args.schedule, piece, piece.rank_begin / kChunk, args.width);
+  wait_for_previous_kernel();
+  if (!works) return;
   with_rank_class<kTileRanks>(piece.ranks, [&](auto rank) {
     DownTile<rank>::template run<kVector>(args, piece, split, chunks, reinterpret_cast<bf16*>(shared));
   });

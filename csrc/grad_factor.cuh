@@ -162,10 +162,12 @@ template <bool kVector>
 __global__ void __launch_bounds__(kGradThreads, 3) grad_factor_kernel(const GradFactorArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
-  if (piece.rows == 0 || piece.slot < 0) return;
   constexpr int kChunks = kRunRanks / kChunk;
   __shared__ Chunk chunks[kChunks];
-  if (!find_chunks(chunks, kChunks, args.schedule, piece, piece.rank_begin / kChunk, args.width)) return;
+  const bool works = piece.rows > 0 && piece.slot >= 0 &&
+                     find_chunks(chunks, kChunks, args.schedule, piece, piece.rank_begin / kChunk, args.width);
+  wait_for_previous_kernel();
+  if (!works) return;
   with_rank_class<kRunRanks>(piece.ranks, [&](auto rank) {
     GradFactorTile<rank>::template run<kVector>(args, piece, chunks, reinterpret_cast<bf16*>(shared));
   });

@@ -14,37 +14,19 @@ int clusters_per_run(const GradHiddenArgs& args) {
   return wanted < 1 ? 1 : wanted > most ? most : wanted;
 }
 
-int in_clusters(const GradHiddenArgs& args, bool vector, void* stream) {
-  const auto kernel = vector ? grad_hidden_cluster_kernel<true> : grad_hidden_cluster_kernel<false>;
-  int arch;
-  cudaError_t error = compiled_for(kernel, &arch);
-  if (error != cudaSuccess) return error;
-  const int bytes = tuned(arch).grad_hidden * 1024;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kCluster * clusters_per_run(args), args.schedule.count);
-  config.blockDim = dim3(kGradThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
-}
-
 }  // namespace
 
 int grad_hidden(const GradHiddenArgs& args, bool clusters, void* stream) {
   if (args.schedule.count == 0) return cudaSuccess;
   const bool vector = args.width % 8 == 0 && on_16_bytes(args.dy) && on_16_bytes(args.factors);
-  if (clusters) return in_clusters(args, vector, stream);
+  if (clusters) {
+    return launch(vector ? grad_hidden_cluster_kernel<true> : grad_hidden_cluster_kernel<false>, args,
+                  dim3(kCluster * clusters_per_run(args), args.schedule.count), kGradThreads, &Tuned::grad_hidden,
+                  stream, kCluster);
+  }
   const dim3 grid(ceil_div(args.width, kGradColumns), args.schedule.count);
   return launch(vector ? grad_hidden_kernel<true> : grad_hidden_kernel<false>, args, grid, kGradThreads,
-                &Tuned::grad_hidden, 0, stream);
+                &Tuned::grad_hidden, stream);
 }
 
 // Code for older architectures runs on newer devices too, but has none.

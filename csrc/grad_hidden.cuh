@@ -115,6 +115,7 @@ template <bool kVector>
 __global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_kernel(const GradHiddenArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
+  wait_for_previous_kernel();
   if (piece.rows == 0 || piece.slot < 0) return;
   with_rank_class<kRunRanks>(piece.ranks, [&](auto rank) {
     GradHiddenTile<rank>::template run<kVector>(args, piece, reinterpret_cast<bf16*>(shared));

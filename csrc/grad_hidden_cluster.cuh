@@ -39,9 +39,7 @@ struct GradHiddenCluster {
   using FactorSums = float[kRanks / 16][kColumns / 8][4];
 
   template <bool kVector>
-  __device__ static void run(const GradHiddenArgs& args, const Piece& piece, bf16* shared) {
-    const int64_t begin = __ldg(args.schedule.begin + piece.slot);
-    if (begin < 0) return;  // the same for the whole cluster
+  __device__ static void run(const GradHiddenArgs& args, const Piece& piece, int64_t begin, bf16* shared) {
     const int64_t offset = begin + piece.rank_begin * args.width;
     const int columns = ceil_div(args.width, kPanel), parts = piece.rows > kPartRows ? 2 : 1;
     const int panels = max(ceil_div(columns - static_cast<int>(blockIdx.x), gridDim.x), 0), steps = panels * parts;
@@ -233,9 +231,11 @@ __global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_cluster_kernel(co
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
-  if (piece.rows == 0 || piece.slot < 0) return;
+  const int64_t begin = piece.rows > 0 && piece.slot >= 0 ? __ldg(args.schedule.begin + piece.slot) : -1;
+  wait_for_previous_kernel();
+  if (begin < 0) return;  // the same for the whole cluster
   with_rank_class<kWalkRanks>(piece.ranks, [&](auto rank) {
-    GradHiddenCluster<rank>::template run<kVector>(args, piece, reinterpret_cast<bf16*>(shared));
+    GradHiddenCluster<rank>::template run<kVector>(args, piece, begin, reinterpret_cast<bf16*>(shared));
   });
 #endif
 }

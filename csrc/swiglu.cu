@@ -6,7 +6,7 @@ int swiglu(const SwigluArgs& args, void* stream) {
   const dim3 grid(ceil_div(ceil_div(args.width, kPanel), args.steps), args.count);
   const bool vector = args.width % 8 == 0 && on_16_bytes(args.in[0]) && on_16_bytes(args.in[1]) &&
                       on_16_bytes(args.factors) && on_16_bytes(args.act);
-  return launch(vector ? swiglu_kernel<true> : swiglu_kernel<false>, args, grid, kSwigluThreads, &Tuned::swiglu, 0,
+  return launch(vector ? swiglu_kernel<true> : swiglu_kernel<false>, args, grid, kSwigluThreads, &Tuned::swiglu,
                 stream);
 }
 

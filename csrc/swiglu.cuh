@@ -366,8 +366,9 @@ template <bool kVector>
 __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_kernel(const SwigluArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.pieces, blockIdx.y);
-  if (piece.rows == 0) return;
   const Places places(args.begin, piece.slot);
+  wait_for_previous_kernel();
+  if (piece.rows == 0) return;
   if (piece.rank_begin > 0 && !(args.hidden_down && places.has(2))) return;
   const auto run = [&](auto tile) { tile.template run<kVector>(args, piece, places, reinterpret_cast<bf16*>(shared)); };
   if (piece.rank <= 16) return run(SwigluTile<16, false>{});

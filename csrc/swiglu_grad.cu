@@ -18,13 +18,13 @@ dim3 grid_of(const SwigluGradArgs& args, int pieces) {
 
 int swiglu_pointwise_grad(const SwigluGradArgs& args, void* stream) {
   return launch(on_vectors(args) ? swiglu_pointwise_grad_kernel<true> : swiglu_pointwise_grad_kernel<false>, args,
-                grid_of(args, args.tile_count), kSwigluThreads, &Tuned::swiglu_grad, 0, stream);
+                grid_of(args, args.tile_count), kSwigluThreads, &Tuned::swiglu_grad, stream);
 }
 
 int swiglu_grad(const SwigluGradArgs& args, void* stream) {
   return launch(on_vectors(args) ? swiglu_grad_kernel<true> : swiglu_grad_kernel<false>, args,
                 grid_of(args, args.tile_count + args.walk_count * kBlocksOfWalk), kSwigluThreads, &Tuned::swiglu_grad,
-                0, stream);
+                stream);
 }
 
 int swiglu_grad_steps(int64_t) { return tuned(device_arch()).swiglu_grad_steps; }

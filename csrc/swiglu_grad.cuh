@@ -165,6 +165,7 @@ template <bool kVector>
 __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_pointwise_grad_kernel(const SwigluGradArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.tiles, blockIdx.y);
+  wait_for_previous_kernel();
   run_pointwise_grad<kVector>(args, piece, reinterpret_cast<bf16*>(shared));
 }
 
@@ -397,12 +398,12 @@ __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_grad_kernel(const Sw
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   bf16* shared = reinterpret_cast<bf16*>(shared_bytes);
   const int walk = static_cast<int>(blockIdx.y) - args.tile_count;
+  Piece piece = read_piece(walk < 0 ? args.tiles : args.walks, walk < 0 ? blockIdx.y : walk / kBlocksOfWalk);
+  wait_for_previous_kernel();
   if (walk < 0) {
-    const Piece piece = read_piece(args.tiles, blockIdx.y);
     if (piece.slot < 0 || piece.rank > kFusedRanks) run_pointwise_grad<kVector>(args, piece, shared);
     return;
   }
-  Piece piece = read_piece(args.walks, walk / kBlocksOfWalk);
   if (piece.rows == 0 || piece.rank > kFusedRanks) return;
   const Places places(args.begin, piece.slot);
   const int skipped = walk % kBlocksOfWalk * kFusedRows;

@@ -258,6 +258,17 @@ __device__ inline bool arrives_last(int32_t* counter, int blocks) {
 
 // ---- Launching.
 
+// Every kernel calls this in all of its blocks, once it has looked up its work and before it touches anything that an
+// earlier kernel may write or read. From sm_90 on a kernel starts while the last blocks of the one before it still run,
+// which hides what a launch and those look-ups take; the tables that say what to do are older than both kernels. A
+// block without work calls it too, or the kernel could be over before the one that it follows.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // What a kernel's code was compiled for, times 100 as __CUDA_ARCH__ is: its tiles and stages were chosen by that, and
 // the device may be newer.
 template <class Args>
@@ -268,17 +279,31 @@ cudaError_t compiled_for(void (*kernel)(Args), int* arch) {
   return error;
 }
 
+// `cluster`: blocks of one, along x.
 template <class Args>
-int launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int Tuned::* kib, int extra, void* stream) {
+int launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int Tuned::* kib, void* stream,
+           int cluster = 1) {
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
   int arch;
   cudaError_t error = compiled_for(kernel, &arch);
   if (error != cudaSuccess) return error;
-  const int bytes = tuned(arch).*kib * 1024 + extra;
+  const int bytes = tuned(arch).*kib * 1024;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(args);
-  return cudaGetLastError();
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = arch < 900 ? 0 : cluster == 1 ? 1 : 2;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 // Compute capability of the current device * 100.

@@ -1,9 +1,10 @@
-// out = y + mask * scale * hidden F: a tile of tokens walks over columns, the adapter's ranks in all members being
-// the inner dimension. Serves up_add (F = B) and, with dropout's mask, down_add (F = A).
+// out = y + residual + mask * scale * hidden F: a tile of tokens walks over columns, the adapter's ranks in all members
+// being the inner dimension. Serves up_add (F = B), with what the layer adds next if that is given, and, with dropout's
+// mask, down_add (F = A).
 //
-// Four warps of 16 tokens each. F and y stream through shared memory, 64 columns a stage; the sum is made
-// in y's place and leaves in whole lines. More than 128 ranks take several steps on the same columns, hidden
-// streaming too, and the pieces of the same tokens share the columns.
+// Four warps of 16 tokens each. F, y and the residual stream through shared memory, 64 columns a stage; the sum is made
+// in y's place and leaves in whole lines. More than 128 ranks (64 with a residual, for want of shared memory) take
+// several steps on the same columns, hidden streaming too, and the pieces of the same tokens share the columns.
 #pragma once
 
 #include "group.cuh"
@@ -12,12 +13,18 @@ namespace plora {
 
 constexpr int kUpThreads = 128;
 
-// Copies y to out, or zeroes out, where there is no adapter.
-template <bool kVector>
+__device__ inline uint32_t add_pairs(uint32_t one, uint32_t other) {
+  const float2 a = unpack(one), b = unpack(other);
+  return pack(a.x + b.x, a.y + b.y);
+}
+
+// out = y + residual, or zeroes, where there is no adapter.
+template <bool kVector, bool kResidual>
 __device__ void copy_columns(const UpArgs& args, const Piece& piece, int64_t first, int64_t last) {
   const bf16* y = static_cast<const bf16*>(args.y);
+  const bf16* residual = static_cast<const bf16*>(args.residual);
   bf16* out = static_cast<bf16*>(args.out);
-  if (y == out) return;
+  if (y == out && !kResidual) return;
   constexpr int kStep = kVector ? 8 : 1;
   const int64_t end = last < args.width ? last : args.width;
   const int wide = static_cast<int>((end - first + kStep - 1) / kStep);
@@ -25,19 +32,25 @@ __device__ void copy_columns(const UpArgs& args, const Piece& piece, int64_t fir
   for (int i = threadIdx.x; i < piece.rows * wide; i += kUpThreads) {
     const int64_t at = (piece.row + i / wide) * args.width + first + i % wide * kStep;
     if constexpr (kVector) {
-      *reinterpret_cast<uint4*>(out + at) = y ? __ldg(reinterpret_cast<const uint4*>(y + at)) : uint4{};
+      uint4 sum = y ? *reinterpret_cast<const uint4*>(y + at) : uint4{};
+      if constexpr (kResidual) {
+        const uint4 more = *reinterpret_cast<const uint4*>(residual + at);
+        sum = {add_pairs(sum.x, more.x), add_pairs(sum.y, more.y), add_pairs(sum.z, more.z), add_pairs(sum.w, more.w)};
+      }
+      *reinterpret_cast<uint4*>(out + at) = sum;
     } else {
-      out[at] = y ? y[at] : __float2bfloat16(0.f);
+      const float sum = y ? __bfloat162float(y[at]) : 0.f;
+      out[at] = __float2bfloat16(kResidual ? sum + __bfloat162float(residual[at]) : sum);
     }
   }
 }
 
 // kMany: in parts of kRank ranks.
-template <int kRank, bool kMany>
+template <int kRank, bool kMany, bool kResidual>
 struct UpTile {
   static constexpr int kHidden = kTileRows * kRank, kFactor = kRank * kPanel;
-  static constexpr int kHeld = kMany ? 0 : kHidden;
-  static constexpr int kStageElems = kFactor + kPanelElems + (kMany ? kHidden : 0);
+  static constexpr int kHeld = kMany ? 0 : kHidden, kAdded = kResidual ? 2 * kPanelElems : kPanelElems;
+  static constexpr int kStageElems = kFactor + kAdded + (kMany ? kHidden : 0);
   static constexpr int kStages = stages(tuned(kArch).up, kHeld * 2, kStageElems * 2);
   static_assert(kStages >= 2);
   using Sums = float[kPanel / 8][4];
@@ -54,6 +67,7 @@ struct UpTile {
     const bf16* hidden = static_cast<const bf16*>(args.hidden) + piece.row * args.hidden_stride;
     const int64_t at = piece.row * args.width + first * kPanel;
     const bf16* y = args.y ? static_cast<const bf16*>(args.y) + at : nullptr;
+    const bf16* residual = static_cast<const bf16*>(args.residual) + (kResidual ? at : 0);
     bf16* out = static_cast<bf16*>(args.out) + at;
     bf16* pipeline = shared + kHeld;
     const auto load_hidden_part = [&](bf16* tile, int part) {
@@ -67,13 +81,18 @@ struct UpTile {
       bf16* stage = pipeline + filled;
       load_factor<kRank, kUpThreads, kVector>(stage, factors, chunks + filled_part * (kRank / kChunk), args.width,
                                               columns);
-      if constexpr (kMany) load_hidden_part(stage + kFactor + kPanelElems, filled_part);
+      if constexpr (kMany) load_hidden_part(stage + kFactor + kAdded, filled_part);
       filled = filled + kStageElems == kStages * kStageElems ? 0 : filled + kStageElems;
       if (++filled_part < parts) return;
       filled_part = 0;
       if (y) {
         load_tile<kTileRows, kPanel, kUpThreads, kVector>(stage + kFactor, y, args.width, piece.rows, columns);
         y += kPanel;
+      }
+      if constexpr (kResidual) {
+        load_tile<kTileRows, kPanel, kUpThreads, kVector>(stage + kFactor + kPanelElems, residual, args.width,
+                                                          piece.rows, columns);
+        residual += kPanel;
       }
       factors += kPanel, columns -= kPanel;
     };
@@ -106,7 +125,7 @@ struct UpTile {
       bf16* stage = pipeline + used;
       used = used + kStageElems == kStages * kStageElems ? 0 : used + kStageElems;
       const int ranks = all_ranks - part * kRank;
-      const bf16* inner = kMany ? stage + kFactor + kPanelElems : shared;
+      const bf16* inner = kMany ? stage + kFactor + kAdded : shared;
 #pragma unroll
       for (int k = 0; k < kRank; k += 16) {
         // Beyond them are zeros: a branch for each would keep loads from overlapping products.
@@ -143,13 +162,20 @@ struct UpTile {
     }
   }
 
-  // tile (+)= scale * sums, and zeroes the sums. Each warp sees to its own 16 rows, so that no barrier is needed.
+  // tile (+)= scale * sums, and the residual beside it, and zeroes the sums. Each warp sees to its own 16 rows, so that
+  // no barrier is needed.
   __device__ static void finish(Sums& sums, float scale, bool add, bf16* tile) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Fragment before[kPanel / 16] = {};
+    Fragment before[kPanel / 16] = {}, more[kResidual ? kPanel / 16 : 1];
     if (add) {
 #pragma unroll
       for (int n = 0; n < kPanel / 16; ++n) before[n] = left_fragment<kTileRows, kPanel>(tile, warp * 16, n * 16, lane);
+    }
+    if constexpr (kResidual) {
+#pragma unroll
+      for (int n = 0; n < kPanel / 16; ++n) {
+        more[n] = left_fragment<kTileRows, kPanel>(tile + kPanelElems, warp * 16, n * 16, lane);
+      }
     }
 #pragma unroll
     for (int n = 0; n < kPanel / 16; ++n) {
@@ -157,7 +183,11 @@ struct UpTile {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float* pair = sums[n * 2 + i / 2] + i % 2 * 2;
-        const float2 y = unpack(before[n].r[i]);
+        float2 y = unpack(before[n].r[i]);
+        if constexpr (kResidual) {
+          const float2 residual = unpack(more[n].r[i]);
+          y.x += residual.x, y.y += residual.y;
+        }
         after.r[i] = pack(fmaf(pair[0], scale, y.x), fmaf(pair[1], scale, y.y));
         pair[0] = pair[1] = 0.f;
       }
@@ -188,29 +218,33 @@ struct UpTile {
   }
 };
 
-template <bool kVector>
+template <bool kVector, bool kResidual>
 __global__ void __launch_bounds__(kUpThreads, 3) up_kernel(const UpArgs args) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
-  if (piece.rows == 0) return;
   Split split = split_of(piece, args.slots, gridDim.x);
-  if (split.index >= split.of) return;
+  const bool works = piece.rows > 0 && split.index < split.of;
   __shared__ Chunk chunks[kMostChunks];
-  if (piece.slot < 0 || !find_chunks(chunks, kMostChunks, args.schedule, piece, 0, args.width)) {
+  const bool adds = works && piece.slot >= 0 && find_chunks(chunks, kMostChunks, args.schedule, piece, 0, args.width);
+  wait_for_previous_kernel();
+  if (!works) return;
+  if (!adds) {
     if (piece.rank_begin > 0) return;
     const int panels = ceil_div(args.width, kPanel);
-    return copy_columns<kVector>(args, piece, split.first(panels) * kPanel, split.last(panels) * kPanel);
+    return copy_columns<kVector, kResidual>(args, piece, split.first(panels) * kPanel, split.last(panels) * kPanel);
   }
   const int ranks = virtual_ranks(args.schedule, piece);
   bf16* tiles = reinterpret_cast<bf16*>(shared);
-  if (ranks > kTileRanks) {
+  constexpr int kMost = kResidual ? 64 : kTileRanks;
+  if (ranks > kMost) {
     // The pieces of the same rows have the same share.
     split.index += piece.rank_begin / kTileRanks * split.of;
     split.of *= ceil_div(ranks, kTileRanks);
-    return UpTile<64, true>::run<kVector>(args, piece, split, chunks, ranks, tiles);
+    return UpTile<64, true, kResidual>::template run<kVector>(args, piece, split, chunks, ranks, tiles);
   }
-  with_rank_class<kTileRanks>(
-      ranks, [&](auto rank) { UpTile<rank, false>::template run<kVector>(args, piece, split, chunks, ranks, tiles); });
+  with_rank_class<kMost>(ranks, [&](auto rank) {
+    UpTile<rank, false, kResidual>::template run<kVector>(args, piece, split, chunks, ranks, tiles);
+  });
 }
 
 }  // namespace plora

@@ -26,21 +26,11 @@ def lora_down(x: Tensor, weight: Tensor, work: Work, offsets: Tensor, token_inde
     return hidden
 
 
-def lora_down_backward(
-    dhidden: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    work: Work,
-    offsets: Tensor,
-    token_index: Tensor,
-    need_dx: bool,
+def lora_down_grad_input(
+    dhidden: Tensor, width: int, weight: Tensor, work: Work, offsets: Tensor, token_index: Tensor
 ) -> Tensor:
-    """``dA_m += dH_m^T dropout(x)`` into ``grad``; returns ``dx = mask * sum_m dH_m A_m``, empty unless asked for."""
-    grad_factor(x, dhidden, grad, work, offsets, token_index)
-    if not need_dx:
-        return x.new_empty(0)
-    dx = torch.empty_like(x)
+    """``dx = mask * sum_m dH_m A_m``, ``[T, width]``."""
+    dx = dhidden.new_empty(dhidden.shape[0], width)
     up(None, dhidden, weight, dx, work, offsets, token_index, backward=True)
     return dx
 
@@ -53,12 +43,13 @@ def lora_up(
     offsets: Tensor,
     max_rank: int,
     token_index: Tensor,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """``out_m = y_m + scale H_m B_m`` of each member; see ``reference.lora_up``."""
+    """``out_m = y_m + scale H_m B_m`` of each member, plus the residual; see ``ops.lora_up``."""
     outs = [torch.empty_like(y) for y in ys]
     members = zip(ys, hidden.split(max_rank, 1), outs, offsets.unbind(), strict=True)
     for y, own_hidden, out, own_offsets in members:
-        up(y, own_hidden, weight, out, work, own_offsets, token_index)
+        up(y, own_hidden, weight, out, work, own_offsets, token_index, residual=residual)
     return outs
 
 
@@ -115,16 +106,17 @@ def up(
     token_index: Tensor,
     backward: bool = False,
     slots: int = 0,
+    residual: Tensor | None = None,
 ) -> None:
     """``out = y + scale hidden B^T`` of one linear, in backward ``y + mask * (hidden A)`` of a group for hidden = dh.
 
-    ``y`` may be ``out``; None is zero. ``slots`` as in ``down``.
+    ``y`` may be ``out``; None is zero. ``residual``: added too. ``slots`` as in ``down``.
     """
     members = _members(offsets)
     first, count, _ = work.tiles_of(members)
     kernels().up(
         y, hidden, weight, out, work.tiles, first, count, work.most_share_of(members), offsets, not backward,
-        token_index, backward, not backward, slots,
+        token_index, backward, not backward, slots, residual,
     )  # fmt: skip
 
 

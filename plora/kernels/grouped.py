@@ -134,29 +134,41 @@ def lora_down(
     return hidden
 
 
-def lora_down_backward(
+def lora_down_grad_factor(
     dhidden: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
     grad: torch.Tensor,
     offsets: torch.Tensor,
     tables: Tables,
     token_index: torch.Tensor,
-    need_dx: bool,
-) -> torch.Tensor:
-    """See ``reference.lora_down_backward``."""
+) -> None:
+    """See ``reference.lora_down_grad_factor``."""
     rows, max_rank = _Rows.of(tables, x.device), dhidden.shape[1] // len(offsets)
     mask = _mask(tables, offsets, token_index, x)
     inputs = (x if mask is None else x * mask)[: rows.count]
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
     for module in _modules(offsets, max_rank):
         low = dhidden[: rows.count, module.columns].contiguous()
         da = _Factors.of(grad, module.a_begins, rows, tables, max_rank, x.shape[1])
         da.add(torch._grouped_mm(low.T, inputs, offs=rows.ends))
-        if need_dx:
-            a = _Factors.of(weight, module.a_begins, rows, tables, max_rank, x.shape[1]).stacked(x)
-            dx[: rows.count] += torch._grouped_mm(low, a, offs=rows.ends)
-    return dx if mask is None or not need_dx else dx * mask
+
+
+def lora_down_grad_input(
+    dhidden: torch.Tensor,
+    width: int,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    tables: Tables,
+    token_index: torch.Tensor,
+) -> torch.Tensor:
+    """See ``reference.lora_down_grad_input``."""
+    rows, max_rank = _Rows.of(tables, dhidden.device), dhidden.shape[1] // len(offsets)
+    dx = dhidden.new_zeros(dhidden.shape[0], width)
+    for module in _modules(offsets, max_rank):
+        low = dhidden[: rows.count, module.columns].contiguous()
+        a = _Factors.of(weight, module.a_begins, rows, tables, max_rank, width).stacked(dx)
+        dx[: rows.count] += torch._grouped_mm(low, a, offs=rows.ends)
+    mask = _mask(tables, offsets, token_index, dx)
+    return dx if mask is None else dx * mask
 
 
 def lora_up(

@@ -17,7 +17,9 @@ their version, which the next layer's backward changes.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from weakref import WeakValueDictionary
@@ -41,6 +43,10 @@ class GradientBuffer:
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientBuffer:
         return GradientBuffer(copy.deepcopy(self.tensor, memo))
 
+
+# torch keeps compiled graphs on disk and knows an operator by its name alone: those of another version of this file,
+# whose operators or their backwards may differ, must not be taken for this one's.
+torch.compiler.config.cache_key_tag += f"plora-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
 
 _HANDLES = itertools.count()
 _BUFFERS: WeakValueDictionary[int, GradientBuffer] = WeakValueDictionary()
@@ -88,33 +94,52 @@ def _(x, anchor, weight, gradients, routed, offsets, tables, device, token_index
     return x.new_empty(x.shape[0], offsets.shape[0] * max_rank)
 
 
-@torch.library.custom_op("plora::lora_down_backward", mutates_args=())
-def lora_down_backward(
+@torch.library.custom_op("plora::lora_down_grad_factor", mutates_args=())
+def lora_down_grad_factor(
     dhidden: Tensor,
     x: Tensor,
-    weight: Tensor,
     gradients: int,
     offsets: Tensor,
     tables: list[Tensor],
     device: list[Tensor],
     token_index: Tensor,
-    need_dx: bool,
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.lora_down_backward``; also returns the anchor's gradient, a zero."""
+) -> Tensor:
+    """See ``reference.lora_down_grad_factor``; returns the anchor's gradient, a zero."""
     grad = _BUFFERS[gradients].tensor
     if device:
-        work = cuda.Work(*device[:-1])
-        dx = cuda.lora_down_backward(dhidden, x, weight, grad, work, device[-1], token_index, need_dx)
+        cuda.grad_factor(x, dhidden, grad, cuda.Work(*device[:-1]), device[-1], token_index)
     else:
-        dx = _products(x).lora_down_backward(
-            dhidden, x, weight, grad, offsets, Tables(*tables), token_index, need_dx
-        )  # fmt: skip
-    return dx, grad.new_zeros(1)
+        _products(x).lora_down_grad_factor(dhidden, x, grad, offsets, Tables(*tables), token_index)
+    return grad.new_zeros(1)
 
 
-@lora_down_backward.register_fake
-def _(dhidden, x, weight, gradients, offsets, tables, device, token_index, need_dx):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x) if need_dx else x.new_empty(0), x.new_empty(1, dtype=torch.float32)
+@lora_down_grad_factor.register_fake
+def _(dhidden, x, gradients, offsets, tables, device, token_index):  # type: ignore[no-untyped-def]
+    return x.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("plora::lora_down_grad_input", mutates_args=())
+def lora_down_grad_input(
+    dhidden: Tensor,
+    width: int,
+    weight: Tensor,
+    offsets: Tensor,
+    tables: list[Tensor],
+    device: list[Tensor],
+    token_index: Tensor,
+) -> Tensor:
+    """See ``reference.lora_down_grad_input``.
+
+    Does not read x, so that a compiled norm's backward, which waits for dx, can make x again in the same pass.
+    """
+    if device:
+        return cuda.lora_down_grad_input(dhidden, width, weight, cuda.Work(*device[:-1]), device[-1], token_index)
+    return _products(dhidden).lora_down_grad_input(dhidden, width, weight, offsets, Tables(*tables), token_index)
+
+
+@lora_down_grad_input.register_fake
+def _(dhidden, width, weight, offsets, tables, device, token_index):  # type: ignore[no-untyped-def]
+    return dhidden.new_empty(dhidden.shape[0], width)
 
 
 def _down_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -128,11 +153,11 @@ def _down_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _down_backward(ctx, dhidden):  # type: ignore[no-untyped-def]
     x, weight, offsets, token_index, *rest = ctx.saved_tensors
     tables, device = rest[: ctx.n_tables], rest[ctx.n_tables :]
-    need_dx = ctx.needs_input_grad[0]
-    dx, danchor = lora_down_backward(
-        dhidden.contiguous(), x, weight, ctx.gradients, offsets, tables, device, token_index, need_dx
-    )
-    return dx if need_dx else None, danchor, None, None, None, None, _none(tables), _none(device), None, None
+    dhidden, dx = dhidden.contiguous(), None
+    if ctx.needs_input_grad[0]:
+        dx = lora_down_grad_input(dhidden, x.shape[1], weight, offsets, tables, device, token_index)
+    danchor = lora_down_grad_factor(dhidden, x, ctx.gradients, offsets, tables, device, token_index)
+    return dx, danchor, None, None, None, None, _none(tables), _none(device), None, None
 
 
 lora_down.register_autograd(_down_backward, setup_context=_down_context)
@@ -141,6 +166,7 @@ lora_down.register_autograd(_down_backward, setup_context=_down_context)
 @torch.library.custom_op("plora::lora_up", mutates_args=())
 def lora_up(
     ys: list[Tensor],
+    residual: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     gradients: int,
@@ -149,18 +175,22 @@ def lora_up(
     device: list[Tensor],
     token_index: Tensor,
 ) -> list[Tensor]:
-    """See ``reference.lora_up``; ``gradients`` is for backward."""
+    """See ``reference.lora_up``; ``gradients`` is for backward.
+
+    ``residual [T, N]``, what the model adds to the only one of ``ys`` next, rides along.
+    """
     host = Tables(*tables)
     for y in ys:
         reference.check_rows(y, host)
     if device:
         max_rank = hidden.shape[1] // len(ys)
-        return cuda.lora_up(ys, hidden, weight, cuda.Work(*device[:-1]), device[-1], max_rank, token_index)
-    return _products(*ys).lora_up(ys, hidden, weight, offsets, host)
+        return cuda.lora_up(ys, hidden, weight, cuda.Work(*device[:-1]), device[-1], max_rank, token_index, residual)
+    outs: list[Tensor] = _products(*ys).lora_up(ys, hidden, weight, offsets, host)
+    return outs if residual is None else [outs[0] + residual]
 
 
 @lora_up.register_fake
-def _(ys, hidden, weight, gradients, offsets, tables, device, token_index):  # type: ignore[no-untyped-def]
+def _(ys, residual, hidden, weight, gradients, offsets, tables, device, token_index):  # type: ignore[no-untyped-def]
     return [torch.empty_like(y) for y in ys]
 
 
@@ -188,10 +218,10 @@ def _(dys, hidden, weight, gradients, offsets, tables, device, token_index):  # 
 
 
 def _up_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, hidden, weight, gradients, offsets, tables, device, token_index = inputs
+    _, residual, hidden, weight, gradients, offsets, tables, device, token_index = inputs
     ctx.save_for_backward(hidden, weight, offsets, token_index, *tables, *device)
     ctx.gradients, ctx.n_tables = gradients, len(tables)
-    ctx.shapes = [out.shape for out in output]
+    ctx.shapes, ctx.has_residual = [out.shape for out in output], residual is not None
 
 
 def _up_backward(ctx, dys):  # type: ignore[no-untyped-def]
@@ -202,7 +232,8 @@ def _up_backward(ctx, dys):  # type: ignore[no-untyped-def]
         hidden.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(dys, ctx.shapes, strict=True)
     ]
     dhidden = lora_up_backward(dys, hidden, weight, ctx.gradients, offsets, tables, device, token_index)
-    return dys, dhidden, None, None, None, _none(tables), _none(device), None
+    dresidual = dys[0] if ctx.has_residual else None
+    return dys, dresidual, dhidden, None, None, None, _none(tables), _none(device), None
 
 
 lora_up.register_autograd(_up_backward, setup_context=_up_context)

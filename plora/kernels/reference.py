@@ -113,28 +113,36 @@ def lora_down(
     return hidden
 
 
-def lora_down_backward(
+def lora_down_grad_factor(
     dhidden: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
     grad: torch.Tensor,
     offsets: torch.Tensor,
     tables: Tables,
     token_index: torch.Tensor,
-    need_dx: bool,
-) -> torch.Tensor:
-    """Adds dA to ``grad`` (flat, fp32, parallel to ``weight``) and returns dx ``[T, D]``, empty where not needed."""
+) -> None:
+    """``dA += dhidden^T dropout(x)`` into ``grad``, flat, fp32 and parallel to the arena's weights."""
     width = x.shape[1]
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
     for segment in _segments(offsets, tables, dhidden.shape[1] // len(offsets)):
-        inputs, low = x[segment.rows], segment.hidden(dhidden)
-        mask = segment.mask(token_index, width, x.dtype) if segment.limit else None
-        if mask is not None:
-            inputs = inputs * mask
-        _add_product(segment.factor(grad, segment.a, width), low, inputs, 1.0)
-        if need_dx:
-            part = low @ segment.factor(weight, segment.a, width)
-            dx[segment.rows] += part if mask is None else part * mask
+        inputs = x[segment.rows]
+        if segment.limit:
+            inputs = inputs * segment.mask(token_index, width, x.dtype)
+        _add_product(segment.factor(grad, segment.a, width), segment.hidden(dhidden), inputs, 1.0)
+
+
+def lora_down_grad_input(
+    dhidden: torch.Tensor,
+    width: int,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    tables: Tables,
+    token_index: torch.Tensor,
+) -> torch.Tensor:
+    """``dx = mask * (dhidden A)``, summed over the group, ``[T, width]``."""
+    dx = dhidden.new_zeros(dhidden.shape[0], width)
+    for segment in _segments(offsets, tables, dhidden.shape[1] // len(offsets)):
+        part = segment.hidden(dhidden) @ segment.factor(weight, segment.a, width)
+        dx[segment.rows] += part * segment.mask(token_index, width, dx.dtype) if segment.limit else part
     return dx
 
 

@@ -63,8 +63,7 @@ def lora_swiglu_backward(
     gate, up = products.lora_up([gate, up], hidden, weight, offsets, tables)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    dact = dact + products.lora_down_backward(
-        dhidden_down, silu * up, weight, grad, down_offsets, tables, token_index, need_dx=True
-    )
+    products.lora_down_grad_factor(dhidden_down, silu * up, grad, down_offsets, tables, token_index)
+    dact = dact + products.lora_down_grad_input(dhidden_down, dact.shape[1], weight, down_offsets, tables, token_index)
     dgate, dup = dact * up * sigmoid * (1 + gate - silu), dact * silu
     return dgate, dup, products.lora_up_backward([dgate, dup], hidden, weight, grad, offsets, tables)

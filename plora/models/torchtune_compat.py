@@ -25,13 +25,14 @@ from torchtune.modules import (  # noqa: E402
     RotaryPositionalEmbeddings,
     TiedLinear,
     TransformerDecoder,
+    TransformerSelfAttentionLayer,
 )
 from typing_extensions import override  # noqa: E402
 
 from plora.models.attention import PackedSequences, packed_attention  # noqa: E402
 from plora.models.base import BaseModel, Sequences  # noqa: E402
 from plora.models.spec import ModelError, ModelSpec, architecture, rope_settings, sliding_window  # noqa: E402
-from plora.modules.linear import project  # noqa: E402
+from plora.modules.linear import add, project  # noqa: E402
 
 _LAYER_NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -187,8 +188,10 @@ class PackedSelfAttention(nn.Module):
         self.output_proj = original.output_proj
         self.pos_embeddings = rotary
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, *, mask: Sequences, input_pos: torch.Tensor) -> torch.Tensor:
-        """``[1, T, D]`` to ``[1, T, D]``; ``y`` is ``x`` and ``mask`` carries the sequences."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, *, mask: Sequences, input_pos: torch.Tensor
+    ) -> torch.Tensor:
+        """``[1, T, D]`` to ``[1, T, D]``, the residual added; ``mask`` carries the sequences."""
         projected = project([self.q_proj, self.k_proj, self.v_proj], x)
         query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in projected)
         query = self.pos_embeddings(query, input_pos=input_pos)[0]
@@ -197,7 +200,25 @@ class PackedSelfAttention(nn.Module):
             out = packed_attention(query, key, value, mask.cu_seqlens, mask.max_len)
         else:
             out = mask.attend(self, query, key, value, None)
-        return self.output_proj(out.flatten(1)[None])
+        return add(residual, self.output_proj, out.flatten(1)[None])
+
+
+class PackedLayer(nn.Module):
+    """Takes the place of torchtune's `TransformerSelfAttentionLayer`, under the same child names.
+
+    What a block adds to the residual stream is added where the block's packed products end.
+    """
+
+    def __init__(self, original: TransformerSelfAttentionLayer, rotary: nn.Module) -> None:
+        super().__init__()
+        self.attn = PackedSelfAttention(original.attn, rotary)
+        self.mlp = original.mlp
+        self.sa_norm, self.mlp_norm = FusedRMSNorm(original.sa_norm), FusedRMSNorm(original.mlp_norm)
+
+    def forward(self, x: torch.Tensor, *, mask: Sequences, input_pos: torch.Tensor) -> torch.Tensor:
+        """``[1, T, D]`` to ``[1, T, D]``; ``mask`` carries the sequences."""
+        hidden = self.attn(self.sa_norm(x), x, mask=mask, input_pos=input_pos)
+        return add(hidden, self.mlp, self.mlp_norm(hidden))
 
 
 def build(config: Mapping[str, Any], spec: ModelSpec, device: torch.device | str = "cpu") -> nn.Module:
@@ -221,9 +242,7 @@ def build(config: Mapping[str, Any], spec: ModelSpec, device: torch.device | str
         module.output = TiedLinear(module.tok_embeddings)
     module.max_seq_len = spec.max_positions
     rotary = _rotary(config, spec).to(device)
-    for layer in module.layers:
-        layer.attn = PackedSelfAttention(layer.attn, rotary)
-        layer.sa_norm, layer.mlp_norm = FusedRMSNorm(layer.sa_norm), FusedRMSNorm(layer.mlp_norm)
+    module.layers = nn.ModuleList(PackedLayer(layer, rotary) for layer in module.layers)
     module.norm = FusedRMSNorm(module.norm)
     return module
 

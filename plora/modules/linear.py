@@ -61,11 +61,17 @@ class Group:
             shared.max_rank,
         )
 
-    def up(self, ys: Sequence[torch.Tensor], hidden: torch.Tensor) -> list[torch.Tensor]:
-        """What the frozen linears give, each ``[..., N]``, with the adapters' products added."""
+    def up(
+        self, ys: Sequence[torch.Tensor], hidden: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """What the frozen linears give, each ``[..., N]``, with the adapters' products added.
+
+        ``residual``: of the shape of the only one of ``ys``, and added to it too.
+        """
         shared = self.shared
         outs = ops.lora_up(
             [self._rows(y) for y in ys],
+            None if residual is None else self._rows(residual),
             hidden,
             shared.weight,
             shared.gradients.handle,
@@ -122,16 +128,18 @@ class PackedLoRALinear(nn.Module):
     group: Group
     # Of all linears of this one's input group; the first of them holds it.
     siblings: Group
+    # See `add`.
+    takes_residual = True
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """``x [..., in_features]``, whose leading dimensions flatten to the routed rows, to ``[..., out_features]``."""
         refuse_reentrant_checkpoint()
-        return self.group.up([self.base(x)], self.group.down(x))[0]
+        return self.group.up([self.base(x)], self.group.down(x), residual)[0]
 
 
 def project(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
@@ -147,6 +155,14 @@ def project(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]
     refuse_reentrant_checkpoint()
     hidden = packed[0].siblings.down(x)
     return packed[0].siblings.up([linear.base(x) for linear in packed], hidden)
+
+
+def add(residual: torch.Tensor, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``residual + module(x)``, in the pass that ends the module where packed products do."""
+    if getattr(module, "takes_residual", False) and residual.dtype == x.dtype:
+        out: torch.Tensor = module(x, residual)
+        return out
+    return residual + module(x)
 
 
 def refuse_reentrant_checkpoint() -> None:

@@ -24,14 +24,15 @@ class _Fused(nn.Module):
     """A gated MLP that makes one pass where its class would make three."""
 
     fused_names: tuple[str, str, str]
+    takes_residual = True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., D]`` to ``[..., D]``."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """``[..., D]`` to ``[..., D]``, the residual added."""
         refuse_reentrant_checkpoint()
         gate, up, down = (getattr(self, name) for name in self.fused_names)
         hidden = gate.siblings.down(x)
         act, hidden_down = gate.siblings.swiglu(gate.base(x), up.base(x), hidden, down.group)
-        return down.group.up([down.base(act)], hidden_down)[0]
+        return down.group.up([down.base(act)], hidden_down, residual)[0]
 
 
 _FUSED_KINDS: dict[tuple[type[nn.Module], tuple[str, str, str]], type[nn.Module]] = {}

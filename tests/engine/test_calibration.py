@@ -15,6 +15,7 @@ from plora.models import from_config
 from plora.models.base import BaseModel
 from plora.models.presets import SMOLLM2_135M
 from plora.profiler import MemoryModel, calibration_rounds
+from plora.training.graphs import graph_tokens
 from plora.training.loss import can_compile, chunk_rows
 from plora.training.peaks import PeakMemory
 from plora.training.probe import PackProbe
@@ -92,14 +93,14 @@ def test_a_calibrated_gpu_predicts_packs_that_it_was_not_calibrated_with(tmp_pat
               "num_attention_heads": 16, "num_key_value_heads": 4}  # fmt: skip
     base = from_config(config, dtype="bf16", device="cuda")
     base.set_activation_checkpointing(checkpointing)
-    models, memory = CostModels(base.device, tmp_path), replace(memory_of(base, "bf16"))
-    memory = replace(memory, activation_checkpointing=checkpointing)
+    models, graphs = CostModels(base.device, tmp_path), graph_tokens(base.spec, base.device, "bf16")
+    memory = replace(memory_of(base, "bf16"), activation_checkpointing=checkpointing, graph_tokens=graphs)
     profile = calibrate(base, memory, models, 20 << 30, peaks, load_seconds=1.0)
     assert profile is not None
     calibrated, cost = models.memory(memory), profile.costs[1]
     errors, memory_errors = [], []
     ranks = [4, 24, 100]
-    with PackProbe(base, ranks, peaks) as probe:
+    with PackProbe(base, ranks, peaks, graph_tokens=graphs) as probe:
         for lengths in ([(300, 20), (700,), ()], [(90,) * 20, (500,) * 6, (33,) * 9], [(), (), (64,)]):
             measured = probe.round(lengths, 4096)
             (sample,) = samples([measured])

@@ -89,10 +89,10 @@ def down(
 
 def up(
     y, hidden, factors, out, pieces, first, count, most_share, offsets, second, token_index, use_dropout, use_scale,
-    slots=0,
+    slots=0, residual=None,
 ):  # fmt: skip
     stride, key = hidden.shape[1] // members_of(offsets), int(offsets.reshape(-1)[-1])
-    total = torch.zeros(out.shape) if y is None else y.float()
+    total = sum((each.float() for each in (y, residual) if each is not None), torch.zeros(out.shape))
     for record in records(pieces, first, count):
         for part in parts(record, offsets, second, stride):
             wide = hidden[part.rows, part.columns].float() @ part.factor(factors, out.shape[1]).float()

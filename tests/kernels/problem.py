@@ -127,7 +127,8 @@ class Problem:
         hidden = reference.lora_down(x, weight, offsets, tables, index, self.columns)
         outs = reference.lora_up(ys, hidden, weight, offsets, tables)
         dhidden = reference.lora_up_backward(dys, hidden, weight, grad, offsets, tables)
-        dx = reference.lora_down_backward(dhidden, x, weight, grad, offsets, tables, index, True)
+        dx = reference.lora_down_grad_input(dhidden, x.shape[1], weight, offsets, tables, index)
+        reference.lora_down_grad_factor(dhidden, x, grad, offsets, tables, index)
         return Results(outs, hidden, dx, grad)
 
     def cuda(self, form: str = "one pass") -> Results:

@@ -41,7 +41,8 @@ def through_ops(problem: Problem) -> list[torch.Tensor]:
     dgate, dup, dhidden = ops.lora_swiglu_backward(
         dact, low, gate, up, hidden, weight, handle, both, last, lists, [*there, both, last], index
     )
-    dx, _ = ops.lora_down_backward(dhidden, x, weight, handle, both, lists, [*there, both], index, True)
+    dx = ops.lora_down_grad_input(dhidden, x.shape[1], weight, both, lists, [*there, both], index)
+    ops.lora_down_grad_factor(dhidden, x, handle, both, lists, [*there, both], index)
     hidden, dhidden = (each.where(written(problem, both), 0) for each in (hidden, dhidden))
     return [hidden, act, low.where(written(problem, last), 0), dgate, dup, dhidden, dx, buffer.tensor]
 
@@ -69,6 +70,21 @@ def test_equals_the_reference(dropout: bool, deterministic: bool) -> None:
     exact, plain = (problem.run(reference, dtype) for dtype in (torch.float32, torch.bfloat16))
     for mine, one, other in zip(ours, exact, plain, strict=True):
         assert (mine - one).norm() <= 2 * (other - one).norm() + 1e-6
+
+
+@pytest.mark.parametrize("on_kernels", [False, True])
+@pytest.mark.usefixtures("_emulated")
+def test_a_residual_is_added(on_kernels: bool) -> None:
+    problem = Problem(False)
+    tables, index, gate = problem.tables, problem.index, problem.offsets[:1]
+    device_tables = DeviceTables(torch.device("cpu"))
+    device_tables.update(tables)
+    device = [*device_tables.as_list(), gate] if on_kernels else []
+    y, residual, weight = (t.bfloat16() for t in (problem.gate, problem.up, problem.weight))
+    hidden = reference.lora_down(problem.x, problem.weight, gate, tables, index, R)
+    (exact,) = reference.lora_up([y.float()], hidden, problem.weight, gate, tables)
+    (out,) = ops.lora_up([y], residual, hidden.bfloat16(), weight, 0, gate, tables.as_list(), device, index)
+    torch.testing.assert_close(out.float(), exact + residual, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

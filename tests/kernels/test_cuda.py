@@ -182,14 +182,14 @@ def test_the_composition_is_that_of_the_kernels(deterministic):
         hidden = cuda.lora_down(problem.x, weight, problem.work, places, index, problem.columns)
         outs = cuda.lora_up(problem.ys, hidden, weight, problem.work, places, problem.columns, index)
         dhidden = cuda.lora_up_backward(problem.dys, hidden, weight, grad, problem.work, places, index)
-        dx = cuda.lora_down_backward(dhidden, problem.x, weight, grad, problem.work, places, index, True)
+        dx = cuda.lora_down_grad_input(dhidden, problem.x.shape[1], weight, problem.work, places, index)
+        cuda.grad_factor(problem.x, dhidden, grad, problem.work, places, index)
     finally:
         torch.use_deterministic_algorithms(False)
     for one, other in zip(outs, expected.outs, strict=True):
         assert torch.equal(one, other)
     torch.testing.assert_close(dx, expected.dx, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(grad, expected.grad, rtol=1e-3, atol=1e-2)
-    assert cuda.lora_down_backward(dhidden, problem.x, weight, grad, problem.work, places, index, False).numel() == 0
 
 
 @pytest.mark.parametrize("n", [[320], [320, 64]])
@@ -205,6 +205,20 @@ def test_up_adds_in_place(n):
     cuda.up(None, expected.hidden, problem.weight, before, *arguments[2:], backward=True)
     torch.testing.assert_close(dx, problem.x + before, rtol=1e-2, atol=2e-2)
     assert torch.equal(dx[-10:], problem.x[-10:])
+
+
+@pytest.mark.parametrize(("n", "d"), [(64, 320), (71, 100), (1000, 64)])
+def test_up_adds_the_residual(n, d):
+    ranks, counts = [8, 20, 64, 65, 130, 200, 5], [70, 65, 1, 64, 300, 10, 40]
+    problem = Problem(d=d, n=n, ranks=ranks, counts=counts, base_rows=70, absent=frozenset({6}))
+    expected = problem.cuda()
+    residual, out = problem.random(problem.rows, n), torch.full_like(problem.ys[0], float("nan"))
+    arguments = (problem.weight, out, problem.work, problem.device_offsets[0], problem.token_index)
+    cuda.up(problem.ys[0], expected.hidden, *arguments, residual=residual)
+    exact = problem.reference(torch.float64).outs[0] + residual
+    assert error(out, exact) <= 1.2 * error(exact.bfloat16(), exact) + 1e-4
+    without = slice(sum(counts[:6]), None)
+    assert torch.equal(out[without], problem.ys[0][without] + residual[without])
 
 
 def test_bad_arguments_are_named():
@@ -235,6 +249,8 @@ def test_bad_arguments_are_named():
     with pytest.raises(RuntimeError, match="hidden must have at most 256 columns a member, a multiple of 16, got 16"):
         run(problem.x, offsets=problem.device_offsets.repeat(2, 1))
     arguments = (problem.weight, hidden, problem.grad, problem.work, problem.device_offsets, problem.token_index)
+    with pytest.raises(RuntimeError, match="residual must have shape"):
+        cuda.up(*(problem.ys[0], hidden, *arguments[:1], problem.dys[0]), *arguments[3:], residual=problem.ys[0][:4])
     with pytest.raises(RuntimeError, match="grad_hidden must have strides"):
         cuda.grad_hidden_and_up(problem.dys[0], hidden, problem.weight, wide[:, :16], *arguments[2:])
 

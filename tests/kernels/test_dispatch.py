@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 
-from plora.kernels import Backend, backend
+from plora.kernels import Backend, backend, ops
+
+
+def test_compiled_graphs_on_disk_are_of_these_operators():
+    content = Path(ops.__file__).read_bytes()
+    assert hashlib.sha256(content).hexdigest()[:16] in torch.compiler.config.cache_key_tag
 
 
 def test_without_a_gpu_the_reference_runs(monkeypatch):

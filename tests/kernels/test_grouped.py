@@ -50,7 +50,8 @@ class Problem:
         dgate, dup, dhidden = swiglu.lora_swiglu_backward(
             products, dact, low, gate, up, hidden, weight, grad, *args[1:]
         )  # fmt: skip
-        dx = products.lora_down_backward(dhidden, x, weight, grad, both, tables, self.index, need_dx=True)
+        dx = products.lora_down_grad_input(dhidden, x.shape[1], weight, both, tables, self.index)
+        products.lora_down_grad_factor(dhidden, x, grad, both, tables, self.index)
         return [hidden, act, low, dgate, dup, dhidden, dx, grad]
 
 

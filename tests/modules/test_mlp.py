@@ -11,7 +11,7 @@ from torch import nn
 from torchtune.modules import FeedForward
 
 from plora import AdapterConfig, pack_adapters
-from plora.modules import mlp
+from plora.modules import linear, mlp
 from tests.modules.test_packed import assert_same
 from tests.modules.toy import randomise
 
@@ -97,6 +97,32 @@ def test_equals_its_linears_one_by_one(make, compiled, monkeypatch):
     if compiled:
         model.compile(fullgraph=True, dynamic=True)
     assert_same(step(model, adapters), step(*plain), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_residual_rides_along(fused, monkeypatch):
+    """On an MLP and on a single linear: the same as adding it, gradients too."""
+    torch.manual_seed(0)
+    block = HuggingFaceLike()
+    if not fused:
+        monkeypatch.setattr("plora.modules.packed.fuse_gated_mlps", lambda model: None)
+    model, adapters = packed(block)
+    layer = model.layers[0]
+    x, residual = torch.randn(2, sum(ROWS), DIM).unbind()
+    riders = [layer, layer.down_proj] if fused else [layer.down_proj]
+    assert not getattr(HuggingFaceLike(), "takes_residual", False)
+    for module in riders:
+        inputs = x if module is layer else torch.randn(sum(ROWS), WIDE)
+        results = []
+        for run in (linear.add, lambda residual, module, x: residual + module(x)):
+            adapters.zero_grad_()
+            leaves = [residual.clone().requires_grad_(), inputs.clone().requires_grad_()]
+            with adapters.route(ROWS, steps=dict.fromkeys(adapters.slots, 5)):
+                out = run(leaves[0], module, leaves[1])
+                out.sin().sum().backward()
+            results.append([out.detach(), *(leaf.grad for leaf in leaves), adapters.arena.grad.clone()])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("block", [HuggingFaceLike(nn.GELU()), Clipped(), UpFirst()])
