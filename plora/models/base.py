@@ -5,15 +5,13 @@ Shapes: ``T`` packed tokens, ``D`` model width, ``V`` vocabulary.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from plora.models.attention import PackedSequences
@@ -182,30 +180,13 @@ class BaseModel(ABC):
             fullgraph: raise where a layer does not compile into one graph.
             backend: as `torch.compile`'s.
         """
+        from plora.models.compiler import layer_compiler  # imports the compiler, which takes seconds
+
         # Else a norm's epsilon would be an input that may change: a tensor on the host, in a graph for the device.
         torch._dynamo.config.specialize_float = True
         is_quantized = any(is_nf4(parameter) for parameter in self.layers.parameters())
         for layer in self.layers:
-            layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=_recomputing_elementwise(backend, is_quantized))
-
-
-@functools.cache
-def _recomputing_elementwise(backend: str, is_quantized: bool) -> Callable[..., Any]:
-    """A backend of `torch.compile` that makes elementwise results again in backward instead of keeping them.
-
-    The compiler does so of itself, except for those that an opaque operator reads, such as a norm's output
-    that the packed products of q, k and v read: an eighth of a layer's activations.
-
-    Of a quantized base it would see that forward and backward dequantize the same weights, do so once, and keep them
-    for backward: all that quantizing has saved. So there it must not look for equal expressions.
-    """
-    compiler = torch._dynamo.lookup_backend(backend)
-
-    def compile_graph(graph: Any, inputs: Any) -> Any:
-        with functorch_config.patch(ban_recompute_materialized_backward=False, cse=not is_quantized):
-            return compiler(graph, inputs)
-
-    return compile_graph
+            layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=layer_compiler(backend, is_quantized))
 
 
 class _Recomputed(nn.Module):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time as clock
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from plora.planner.baselines import baselines
 from plora.planner.bounds import lower_bounds
 from plora.planner.greedy import greedy
 from plora.planner.jobs import Workshop, makespan, place
@@ -59,12 +61,13 @@ def plan_on(
 
     Returns:
         The problem whose plan ends first (its ``memory`` says whether checkpointing and CUDA graphs are on), and the
-        plan.
+        plan. Its bound and its baselines are the least under any of the memory models: what trains one at a time may
+        have room for graphs, or for activations, where packs do better without.
 
     Raises:
         ValueError: if there are no devices, limits contradict, or a trial fits under none of the memory models.
     """
-    problems, misfit = [], None
+    problems, misfits = [], []
     for memory in memories:
         problem = make_problem(
             loads, memory, gpu, count, time=time, free_bytes=free_bytes, degrees=degrees, token_budget=token_budget,
@@ -73,16 +76,17 @@ def plan_on(
         try:
             check_fits(problem)
         except ValueError as error:
-            logger.info(
-                "left out (checkpointing %s, CUDA graphs up to %d tokens): %s",
-                memory.activation_checkpointing, memory.graph_tokens, error,
-            )  # fmt: skip
-            misfit = error
+            misfits.append((memory, error))
         else:
             problems.append(problem)
     if not problems:
-        assert misfit is not None, "at least one memory model"
-        raise misfit
+        assert misfits, "at least one memory model"
+        raise misfits[-1][1]
+    for memory, error in misfits:
+        logger.info(
+            "left out (checkpointing %s, CUDA graphs up to %d tokens): %s",
+            memory.activation_checkpointing, memory.graph_tokens, error,
+        )  # fmt: skip
     return _soonest(problems, gpu, time_limit, options)
 
 
@@ -132,7 +136,8 @@ def _soonest(
     problems: list[Problem], gpu: GPU | None, time_limit: float, options: dict[str, Any]
 ) -> tuple[Problem, Plan]:
     deadline = clock.monotonic() + time_limit
-    bounds = sorted((lower_bounds(problem).best, i) for i, problem in enumerate(problems))
+    all_bounds = [lower_bounds(problem) for problem in problems]
+    bounds = sorted((each.best, i) for i, each in enumerate(all_bounds))
     best: tuple[Problem, Plan] | None = None
     for bound, i in bounds:
         if best is not None and best[1].makespan <= bound:
@@ -141,13 +146,23 @@ def _soonest(
         left = deadline - clock.monotonic()
         # The first, whose bound is lowest, is the likely winner; the next may need no look at all.
         share = left if best is not None or _settled(problem, bounds) else 0.7 * left
-        peft = one_at_a_time(problem.time, problem.memory, gpu)
-        plan = make_plan(problem, peft=peft, time_limit=share, **options)
+        plan = make_plan(problem, time_limit=share, **options)
         # Not by what rounding makes of two equal times.
         if best is None or plan.makespan < best[1].makespan * (1 - 1e-9):
             best = problem, plan
     assert best is not None
-    return best
+    lowest = all_bounds[bounds[0][1]]
+    return best[0], replace(
+        best[1], lower_bound=lowest.best, bound_reason=lowest.reason, baselines=_least_baselines(problems, gpu)
+    )
+
+
+def _least_baselines(problems: Sequence[Problem], gpu: GPU | None) -> dict[str, float]:
+    ends: dict[str, float] = {}
+    for problem in problems:
+        for name, end in baselines(problem, one_at_a_time(problem.time, problem.memory, gpu)).items():
+            ends[name] = min(end, ends.get(name, end))
+    return ends
 
 
 def _settled(problem: Problem, bounds: list[tuple[float, int]]) -> bool:
