@@ -90,7 +90,7 @@ def _interpret(raw: dict[str, Any], findings: Findings, new_sweep: bool) -> Swee
     plan = sections.read_plan(root, hardware)
     note_data_at_hand(datasets, dataset_val, dataset_test, findings)
     note_model_at_hand(model, tokenizer, trials, findings)
-    if output_dir is not None and new_sweep and not plan_only:
+    if output_dir is not None and new_sweep:
         for problem in output_dir_problems(Path(output_dir)):
             findings.add("output_dir", problem, output_dir)
     if findings.mistakes:

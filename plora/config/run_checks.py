@@ -38,9 +38,7 @@ def check_run(config: SweepConfig, trials: Sequence[Trial], spec: ModelSpec | No
     Returns:
         The errors, which stop the sweep, and the warnings.
     """
-    errors = []
-    if not config.plan_only:
-        errors += [f"output_dir: {problem}" for problem in output_dir_problems(config.output_dir)]
+    errors = [f"output_dir: {problem}" for problem in output_dir_problems(config.output_dir)]
     errors += data_problems(config)
     if spec is None:
         return errors, []
@@ -129,7 +127,7 @@ def required_bytes(trials: Sequence[Trial], spec: ModelSpec, export: ExportConfi
 
 
 def output_dir_problems(output_dir: Path) -> list[str]:
-    """Why a new sweep cannot be written to ``output_dir``; empty if it can."""
+    """Why a new sweep, or its plan alone, cannot be written to ``output_dir``; empty if it can."""
     output_dir = output_dir.expanduser()
     if SweepLayout(output_dir).holds_sweep():
         return ["already holds a sweep, which is never overwritten: name another directory, or move that one away"]

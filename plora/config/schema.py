@@ -172,7 +172,7 @@ class PackingConfig:
         cuda_graphs: run small microbatches as CUDA graphs, where the CUDA kernels run.
         max_adapters: most adapters in a pack; None for no limit but memory.
         solver: ``HiGHS``, ``CBC`` or ``auto``.
-        time_limit: seconds that the search for a better plan may take.
+        time_limit: seconds that the search for a better plan may take; None for what is usual.
         calibrate: when the device is profiled before planning: ``auto`` where no profile is stored and the sweep is
             long enough, ``always`` where none is stored, or ``never``, which also stores none from the run.
     """
@@ -183,7 +183,7 @@ class PackingConfig:
     cuda_graphs: bool = True
     max_adapters: int | None = None
     solver: str = "auto"
-    time_limit: float = 10.0
+    time_limit: float | None = None
     calibrate: str = "auto"
 
 

@@ -29,7 +29,8 @@ from plora.profiler.hardware import find_gpu
 from plora.profiler.memory import STATE_BYTES
 
 _DIRECTIONS = {"val_loss": "minimize", "exact_match": "maximize", "label_accuracy": "maximize"}
-_fraction = checks.optional(checks.real(above=0, high=1))
+# Scores more often than this are not worth their time: ten thousand of them.
+_fraction = checks.optional(checks.real(low=1e-4, high=1))
 
 
 def read_model(root: Section) -> ModelConfig:
@@ -157,7 +158,7 @@ def read_packing(root: Section) -> PackingConfig:
         cuda_graphs=section.read("cuda_graphs", checks.boolean, True),
         max_adapters=section.read("max_adapters", checks.optional(checks.whole(1)), None),
         solver=section.read("solver", checks.one_of("auto", "HiGHS", "CBC"), "auto"),
-        time_limit=section.read("time_limit", checks.real(above=0), 10.0),
+        time_limit=section.read("time_limit", checks.optional(checks.real(above=0)), None),
         calibrate=section.read("calibrate", checks.one_of("auto", "always", "never"), "auto"),
     )
 

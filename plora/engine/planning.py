@@ -16,6 +16,7 @@ from plora.engine.costs import CostModels
 from plora.models import ModelSpec
 from plora.planner import Load, Plan, PlannedJob, Problem, check_plan, load_trials, make_problem, plan_on, retimed
 from plora.planner.costs import ROWS_AT_A_TIME
+from plora.planner.preview import counted
 from plora.profiler import MemoryModel, StepCost, find_gpu, format_bytes
 from plora.search.trial import DEFAULT_TRIAL, Trial
 from plora.training.graphs import graph_tokens
@@ -27,8 +28,9 @@ log = logging.getLogger(__name__)
 
 # Packed generation is planned with room for this many rows at full length.
 _GENERATION_ROWS = 32
-# A plan for many devices is worth more search than one for the device here.
-_SEARCH_SECONDS = 20.0
+# A plan for many devices is worth more search than one for the device here. Both are defaults of packing.time_limit.
+_SEARCH_SECONDS = 10.0
+_SEARCH_SECONDS_ELSEWHERE = 20.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def plan_sweep(
     if config.plan is not None:
         return _given(config, spec, loads, models, options, free)
     choices = [models.memory(memory) for memory in memory_models(config, spec, models.device)]
-    solver, seconds = config.packing.solver.lower(), config.packing.time_limit
+    solver, seconds = config.packing.solver.lower(), config.packing.time_limit or _SEARCH_SECONDS
     problem, plan = plan_on(loads, choices, models.gpu, 1, solver=solver, time_limit=seconds, **options)
     return SweepPlan(problem, plan, free)
 
@@ -128,8 +130,9 @@ def plan_elsewhere(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Tas
     gpu, count = find_gpu(config.hardware.gpu), config.hardware.count
     choices = [replace(memory, compiled=True) for memory in memory_models(config, spec, torch.device("cuda"))]
     options = limits(config, tasks) | {"free_bytes": int(gpu.free_bytes * config.packing.memory_fraction)}
-    loads, solver = loads_of(config, spec, tasks), config.packing.solver.lower()
-    return plan_on(loads, choices, gpu, count, solver=solver, time_limit=_SEARCH_SECONDS, **options)[1]
+    loads = loads_of(config, spec, tasks)
+    solver, seconds = config.packing.solver.lower(), config.packing.time_limit or _SEARCH_SECONDS_ELSEWHERE
+    return plan_on(loads, choices, gpu, count, solver=solver, time_limit=seconds, **options)[1]
 
 
 def _given(
@@ -254,13 +257,13 @@ def log_plan(planned: SweepPlan) -> None:
     recomputed = memory.recomputed_layers
     recompute = f", {recomputed} layers recomputed" if recomputed else ""
     log.info(
-        "%d trials in %d job%s on %s%s; times %s",
-        n_trials, len(plan.jobs), "s" * (len(plan.jobs) > 1), plan.device, recompute, planned.problem.time.source,
+        "%s in %s on %s%s; times %s",
+        counted(n_trials, "trial"), counted(len(plan.jobs), "job"), plan.device, recompute, planned.problem.time.source,
     )  # fmt: skip
     for job in plan.jobs:
         log.info(
-            "job %d: %d trials, up to %d tokens a microbatch, %s of %s free",
-            job.number, len(job.trials), job.token_budget, format_bytes(job.memory_bytes),
+            "job %d: %s, up to %d tokens a microbatch, %s of %s free",
+            job.number, counted(len(job.trials), "trial"), job.token_budget, format_bytes(job.memory_bytes),
             format_bytes(planned.free_bytes),
         )  # fmt: skip
 

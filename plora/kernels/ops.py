@@ -11,7 +11,8 @@ operator, which therefore can be neither skipped by autograd nor removed by the 
 depend on ``lora_down``'s result, and so do their backwards.
 
 The gradients reach backward by handle, not as an argument: compiled graphs would save them with
-their version, which the next layer's backward changes.
+their version, which the next layer's backward changes. The handle is a tensor, because a number would be a
+part of the compiled graph, which then could not be found again on disk by the next pack.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from plora.kernels.reference import Tables
 
 
 class GradientBuffer:
-    """Where backward accumulates: a flat fp32 tensor, found by its ``handle``."""
+    """Where backward accumulates: a flat fp32 tensor, found by its ``handle``, int64 ``[1]`` on the host."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.handle = next(_HANDLES)
-        _BUFFERS[self.handle] = self
+        self._number = next(_HANDLES)
+        self.handle = torch.tensor([self._number], device="cpu")
+        _BUFFERS[self._number] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientBuffer:
         return GradientBuffer(copy.deepcopy(self.tensor, memo))
@@ -50,6 +52,10 @@ torch.compiler.config.cache_key_tag += f"plora-{hashlib.sha256(Path(__file__).re
 
 _HANDLES = itertools.count()
 _BUFFERS: WeakValueDictionary[int, GradientBuffer] = WeakValueDictionary()
+
+
+def _gradients(handle: Tensor) -> Tensor:
+    return _BUFFERS[int(handle)].tensor
 
 
 _NO_ROUTE = (
@@ -64,7 +70,7 @@ def lora_down(
     x: Tensor,
     anchor: Tensor,
     weight: Tensor,
-    gradients: int,
+    gradients: Tensor,
     routed: Tensor,
     offsets: Tensor,
     tables: list[Tensor],
@@ -98,14 +104,14 @@ def _(x, anchor, weight, gradients, routed, offsets, tables, device, token_index
 def lora_down_grad_factor(
     dhidden: Tensor,
     x: Tensor,
-    gradients: int,
+    gradients: Tensor,
     offsets: Tensor,
     tables: list[Tensor],
     device: list[Tensor],
     token_index: Tensor,
 ) -> Tensor:
     """See ``reference.lora_down_grad_factor``; returns the anchor's gradient, a zero."""
-    grad = _BUFFERS[gradients].tensor
+    grad = _gradients(gradients)
     if device:
         cuda.grad_factor(x, dhidden, grad, cuda.Work(*device[:-1]), device[-1], token_index)
     else:
@@ -146,17 +152,17 @@ def _down_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, _, weight, gradients, _, offsets, tables, device, token_index, _ = inputs
     # Saving the tables lets autograd refuse a backward that comes after the next route(), which
     # has rewritten them.
-    ctx.save_for_backward(x, weight, offsets, token_index, *tables, *device)
-    ctx.gradients, ctx.n_tables = gradients, len(tables)
+    ctx.save_for_backward(x, weight, gradients, offsets, token_index, *tables, *device)
+    ctx.n_tables = len(tables)
 
 
 def _down_backward(ctx, dhidden):  # type: ignore[no-untyped-def]
-    x, weight, offsets, token_index, *rest = ctx.saved_tensors
+    x, weight, gradients, offsets, token_index, *rest = ctx.saved_tensors
     tables, device = rest[: ctx.n_tables], rest[ctx.n_tables :]
     dhidden, dx = dhidden.contiguous(), None
     if ctx.needs_input_grad[0]:
         dx = lora_down_grad_input(dhidden, x.shape[1], weight, offsets, tables, device, token_index)
-    danchor = lora_down_grad_factor(dhidden, x, ctx.gradients, offsets, tables, device, token_index)
+    danchor = lora_down_grad_factor(dhidden, x, gradients, offsets, tables, device, token_index)
     return dx, danchor, None, None, None, None, _none(tables), _none(device), None, None
 
 
@@ -169,7 +175,7 @@ def lora_up(
     residual: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
-    gradients: int,
+    gradients: Tensor,
     offsets: Tensor,
     tables: list[Tensor],
     device: list[Tensor],
@@ -199,14 +205,14 @@ def lora_up_backward(
     dys: list[Tensor],
     hidden: Tensor,
     weight: Tensor,
-    gradients: int,
+    gradients: Tensor,
     offsets: Tensor,
     tables: list[Tensor],
     device: list[Tensor],
     token_index: Tensor,
 ) -> Tensor:
     """See ``reference.lora_up_backward``."""
-    grad = _BUFFERS[gradients].tensor
+    grad = _gradients(gradients)
     if device:
         return cuda.lora_up_backward(dys, hidden, weight, grad, cuda.Work(*device[:-1]), device[-1], token_index)
     return _products(*dys).lora_up_backward(dys, hidden, weight, grad, offsets, Tables(*tables))
@@ -219,19 +225,19 @@ def _(dys, hidden, weight, gradients, offsets, tables, device, token_index):  # 
 
 def _up_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, residual, hidden, weight, gradients, offsets, tables, device, token_index = inputs
-    ctx.save_for_backward(hidden, weight, offsets, token_index, *tables, *device)
-    ctx.gradients, ctx.n_tables = gradients, len(tables)
+    ctx.save_for_backward(hidden, weight, gradients, offsets, token_index, *tables, *device)
+    ctx.n_tables = len(tables)
     ctx.shapes, ctx.has_residual = [out.shape for out in output], residual is not None
 
 
 def _up_backward(ctx, dys):  # type: ignore[no-untyped-def]
-    hidden, weight, offsets, token_index, *rest = ctx.saved_tensors
+    hidden, weight, gradients, offsets, token_index, *rest = ctx.saved_tensors
     tables, device = rest[: ctx.n_tables], rest[ctx.n_tables :]
     # An output that the loss does not depend on has no gradient.
     dys = [
         hidden.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(dys, ctx.shapes, strict=True)
     ]
-    dhidden = lora_up_backward(dys, hidden, weight, ctx.gradients, offsets, tables, device, token_index)
+    dhidden = lora_up_backward(dys, hidden, weight, gradients, offsets, tables, device, token_index)
     dresidual = dys[0] if ctx.has_residual else None
     return dys, dresidual, dhidden, None, None, None, _none(tables), _none(device), None
 
@@ -245,7 +251,7 @@ def lora_swiglu(
     up: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    gradients: int,
+    gradients: Tensor,
     offsets: Tensor,
     down_offsets: Tensor,
     tables: list[Tensor],
@@ -280,7 +286,7 @@ def lora_swiglu_backward(
     up: Tensor,
     hidden: Tensor,
     weight: Tensor,
-    gradients: int,
+    gradients: Tensor,
     offsets: Tensor,
     down_offsets: Tensor,
     tables: list[Tensor],
@@ -288,7 +294,7 @@ def lora_swiglu_backward(
     token_index: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``swiglu.lora_swiglu_backward``."""
-    grad, host = _BUFFERS[gradients].tensor, Tables(*tables)
+    grad, host = _gradients(gradients), Tables(*tables)
     if device:
         *tables_there, offsets, down_offsets = device
         return cuda_swiglu.lora_swiglu_backward(
@@ -309,15 +315,15 @@ def _(  # type: ignore[no-untyped-def]
 
 def _swiglu_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     gate, up, hidden, weight, gradients, offsets, down_offsets, tables, device, token_index, _ = inputs
-    ctx.save_for_backward(gate, up, hidden, weight, offsets, down_offsets, token_index, *tables, *device)
-    ctx.gradients, ctx.n_tables = gradients, len(tables)
+    ctx.save_for_backward(gate, up, hidden, weight, gradients, offsets, down_offsets, token_index, *tables, *device)
+    ctx.n_tables = len(tables)
 
 
 def _swiglu_backward(ctx, dact, dhidden_down):  # type: ignore[no-untyped-def]
-    gate, up, hidden, weight, offsets, down_offsets, token_index, *rest = ctx.saved_tensors
+    gate, up, hidden, weight, gradients, offsets, down_offsets, token_index, *rest = ctx.saved_tensors
     tables, device = rest[: ctx.n_tables], rest[ctx.n_tables :]
     dgate, dup, dhidden = lora_swiglu_backward(
-        dact.contiguous(), dhidden_down.contiguous(), gate, up, hidden, weight, ctx.gradients, offsets, down_offsets,
+        dact.contiguous(), dhidden_down.contiguous(), gate, up, hidden, weight, gradients, offsets, down_offsets,
         tables, device, token_index,
     )  # fmt: skip
     return dgate, dup, dhidden, None, None, None, None, _none(tables), _none(device), None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from plora.planner.costs import LARGEST_BUDGET, tail_seconds
+from plora.planner.costs import LARGEST_BUDGET, smallest_budget, tail_seconds
 from plora.planner.problem import Load, Problem
 
 _MIXES = tuple(i / 8 for i in range(9))
@@ -155,7 +155,7 @@ def largest_budget(
         return problem.token_budget if fits(problem.token_budget) else 0
     if not fits(longest):
         return 0
-    low, high = longest, max(longest, LARGEST_BUDGET)
+    low, high = longest, max(smallest_budget(longest), LARGEST_BUDGET)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -54,7 +54,9 @@ def _trial_mistakes(plan: Plan, problem: Problem) -> list[str]:
     for job in plan.jobs:
         for trial in job.trials:
             if trial.name in seen:
-                mistakes.append(f"trial {trial.name} is in job {seen[trial.name]} and in job {job.number}")
+                twice = seen[trial.name] == job.number
+                where = f"twice in job {job.number}" if twice else f"in job {seen[trial.name]} and in job {job.number}"
+                mistakes.append(f"trial {trial.name} is {where}: keep one")
             seen[trial.name] = job.number
             load = loads.get(trial.name)
             if load is None:
@@ -78,7 +80,8 @@ def _job_mistakes(job: PlannedJob, problem: Problem) -> list[str]:
     if sorted(job.devices) != list(range(min(job.devices, default=0), min(job.devices, default=0) + len(job.devices))):
         mistakes.append(f"job {job.number} is on devices {list(job.devices)}: they must be neighbours, each once")
     elif outside or not job.devices:
-        mistakes.append(f"job {job.number} is on devices {list(job.devices)}, there are 0 to {problem.n_devices - 1}")
+        there = "there is only 0" if problem.n_devices == 1 else f"there are 0 to {problem.n_devices - 1}"
+        mistakes.append(f"job {job.number} is on devices {list(job.devices)}, {there}")
     if job.degree not in legal_degrees(spec, max(1, job.degree)) or job.degree not in problem.degrees:
         mistakes.append(
             f"job {job.number} has tensor-parallel degree {job.degree}, allowed are "
@@ -93,7 +96,27 @@ def _job_mistakes(job: PlannedJob, problem: Problem) -> list[str]:
         mistakes.append(
             f"job {job.number} has microbatches of {job.token_budget} tokens, its longest sequence {longest}"
         )
-    return mistakes + _memory_mistakes(job, problem)
+    if problem.token_budget is not None and job.token_budget > problem.token_budget:
+        mistakes.append(
+            f"job {job.number} has microbatches of {job.token_budget} tokens, packing.tokens_per_microbatch is "
+            f"{problem.token_budget}"
+        )
+    return mistakes + _start_mistakes(job) + _memory_mistakes(job, problem)
+
+
+def _start_mistakes(job: PlannedJob) -> list[str]:
+    """Trials that would not join when the plan says: they join as soon as those before them have ended."""
+    mistakes = []
+    for trial in job.trials:
+        before = [other.end_round for other in job.trials if other.end_round <= trial.start_round]
+        joins = max(before, default=0)
+        if joins != trial.start_round:
+            when = f"round {joins}, when those before it have ended" if before else "round 0, with nothing before it"
+            mistakes.append(
+                f"trial {trial.name} starts in round {trial.start_round} of job {job.number}, but would join in "
+                f"{when}: set its start_round to {joins}"
+            )
+    return mistakes
 
 
 def _memory_mistakes(job: PlannedJob, problem: Problem) -> list[str]:
@@ -110,7 +133,8 @@ def _memory_mistakes(job: PlannedJob, problem: Problem) -> list[str]:
     ).total
     if need > problem.free_bytes:
         mistakes.append(
-            f"job {job.number} needs {format_bytes(need)} on each device, {format_bytes(problem.free_bytes)} are free"
+            f"job {job.number} needs {format_bytes(need)} on each device, {format_bytes(problem.free_bytes)} are free: "
+            "lower its token_budget, or let fewer of its trials train at a time"
         )
     if problem.max_adapters is not None and max(map(len, alive)) > problem.max_adapters:
         mistakes.append(
@@ -124,11 +148,14 @@ def _overlaps(plan: Plan) -> list[str]:
     mistakes = []
     by_device: dict[int, list[PlannedJob]] = {}
     for job in plan.jobs:
-        for device in job.devices:
+        for device in set(job.devices):
             by_device.setdefault(device, []).append(job)
     for device, jobs in sorted(by_device.items()):
         jobs.sort(key=lambda job: job.start)
         for before, after in itertools.pairwise(jobs):
             if after.start < before.end - 1e-6 * max(1.0, before.end):
-                mistakes.append(f"device {device} is in job {before.number} and job {after.number} at the same time")
+                mistakes.append(
+                    f"device {device} is in job {before.number} and job {after.number} at the same time: job "
+                    f"{after.number} starts at {after.start:.1f} s, job {before.number} ends at {before.end:.1f} s"
+                )
     return mistakes

@@ -179,6 +179,11 @@ def tail_seconds(step: StepCost, load: Load, params: int) -> float:
     return step.eval_seconds(load.eval_tokens, labels) + generated + step.save_seconds(params)
 
 
+def smallest_budget(longest: int) -> int:
+    """The least token budget worth trying beside a sequence of so many tokens."""
+    return max(128, -(-longest // 128) * 128)
+
+
 def budget_choices(problem: Problem, degree: int) -> list[int]:
     """Token budgets at a degree, ascending: powers of two from the longest sequence up to what leaves room for the
     largest adapter; the given budget alone where there is one. Empty if nothing fits.
@@ -186,7 +191,7 @@ def budget_choices(problem: Problem, degree: int) -> list[int]:
     if problem.token_budget is not None:
         choices = [problem.token_budget]
     else:
-        least = max(128, -(-problem.longest // 128) * 128)
+        least = smallest_budget(problem.longest)
         # Beyond a round of all trials together, a larger microbatch is never filled.
         most = sum(load.tokens_per_step for load in problem.loads)
         choices = [least, *(size for size in _SIZES if least < size < 2 * most)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from plora.planner.bounds import lower_bounds
 from plora.planner.costs import Costs, make_costs
@@ -14,6 +14,7 @@ from plora.planner.jobs import Draft, Placed
 from plora.planner.problem import Problem
 
 PLAN_VERSION = 2
+Value = TypeVar("Value", "PlannedTrial", "PlannedJob", "Plan")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PlannedJob:
             _number(self, name, least, whole=True)
         for name in ("start", "seconds", "round_seconds"):
             _number(self, name, 0)
-        if not all(isinstance(device, int) for device in self.devices):
+        if not all(isinstance(device, int) and not isinstance(device, bool) for device in self.devices):
             raise ValueError(f"job {self.number}: devices must be whole numbers, got {list(self.devices)}")
 
     @property
@@ -170,20 +171,24 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json())
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file.
 
         Raises:
-            ValueError: if it is missing, not a plan, or of another version.
+            ValueError: if it is missing, cannot be read, is not a plan, or of another version.
         """
         path = Path(path)
         if not path.exists():
             raise ValueError(f"there is no plan file {path}")
         try:
-            return cls.from_json(path.read_text())
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a plan: it is not text") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -196,25 +201,25 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a plan: {error}") from error
         if not isinstance(data, dict) or "version" not in data:
             raise ValueError("not a plan: it has no version")
         if data.pop("version") != PLAN_VERSION:
             raise ValueError(f"a plan of another version; this is version {PLAN_VERSION}: plan again")
         try:
-            jobs = tuple(_job_from(job) for job in data.pop("jobs"))
+            jobs = tuple(_job_from(job, f"jobs[{place}]") for place, job in enumerate(_list(data, "jobs", "the plan")))
             if not jobs:
                 raise ValueError("it has no jobs")
-            return cls(jobs=jobs, **data)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            return _made(cls, {**data, "jobs": jobs}, "the plan")
+        except ValueError as error:
             raise ValueError(f"not a plan: {error}") from error
 
 
 def _number(value: Any, name: str, least: int, *, whole: bool = False) -> None:
     found = getattr(value, name)
     kinds = int if whole else (int, float)
-    if isinstance(found, bool) or not isinstance(found, kinds) or not found >= least:
+    if isinstance(found, bool) or not isinstance(found, kinds) or not least <= found < float("inf"):
         raise ValueError(f"{name} must be a {'whole ' * whole}number of at least {least}, got {found!r}")
 
 
@@ -223,10 +228,35 @@ def _text(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be text, got {getattr(value, name)!r}")
 
 
-def _job_from(data: dict[str, Any]) -> PlannedJob:
-    fields = dict(data)
-    trials = tuple(PlannedTrial(**trial) for trial in fields.pop("trials"))
-    return PlannedJob(trials=trials, devices=tuple(fields.pop("devices")), **fields)
+def _job_from(data: Any, where: str) -> PlannedJob:
+    places = enumerate(_list(data, "trials", where))
+    trials = tuple(_made(PlannedTrial, trial, f"{where}.trials[{place}]") for place, trial in places)
+    return _made(PlannedJob, {**data, "trials": trials, "devices": tuple(_list(data, "devices", where))}, where)
+
+
+def _list(data: Any, key: str, where: str) -> list[Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object, got {data!r}")
+    if not isinstance(data.get(key), list):
+        raise ValueError(f"{where} has no list of {key}" + (f", got {data[key]!r}" if key in data else ""))
+    return data[key]
+
+
+def _made(kind: type[Value], data: Any, where: str) -> Value:
+    """A value of ``kind`` from its fields in a file; ``where`` names the place."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object, got {data!r}")
+    known = fields(kind)
+    unknown = sorted(data.keys() - {each.name for each in known})
+    if unknown:
+        raise ValueError(f"{where} has what no plan has: {', '.join(unknown)}; remove it")
+    required = {each.name for each in known if each.default is MISSING and each.default_factory is MISSING}
+    if absent := sorted(required - data.keys()):
+        raise ValueError(f"{where} lacks {', '.join(absent)}")
+    try:
+        return kind(**data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where != "the plan" else str(error)) from error
 
 
 def plan_jobs_of(problem: Problem, placed: list[Placed]) -> tuple[PlannedJob, ...]:

@@ -83,7 +83,9 @@ def gantt(plan: Plan, width: int = 100) -> Text:
         for job in plan.jobs:
             if device in job.devices:
                 first, last = (round(x / plan.makespan * columns) for x in (job.start, job.end))
-                label = f"{job.number}".center(max(1, last - first - 1), "█") + "▌"  # a seam to the next job
+                room = max(1, last - first - 1)
+                number = str(job.number) if len(str(job.number)) <= room else ""  # its first digits are another job's
+                label = number.center(room, "█") + "▌"  # a seam to the next job
                 for place, character in zip(range(first, last), label, strict=False):
                     cells[place] = (character, TERMINAL_COLOURS[job.number % len(TERMINAL_COLOURS)])
         for character, style in cells:
@@ -116,7 +118,8 @@ def summary(plan: Plan) -> str:
     trials = sum(len(job.trials) for job in plan.jobs)
     busy = sum(job.degree * job.seconds for job in plan.jobs) / (plan.n_devices * plan.makespan)
     lines = [
-        f"{trials} trials in {len(plan.jobs)} job{'s' * (len(plan.jobs) > 1)} end after {duration(plan.makespan)}"
+        f"{counted(trials, 'trial')} in {counted(len(plan.jobs), 'job')} end{'s' * (trials == 1)} after "
+        f"{duration(plan.makespan)}"
         f"{' (times estimated from data sheets)' if plan.estimated else ''}; devices are busy {busy:.0%} of it.",
         f"No plan can end before {duration(plan.lower_bound)} ({_REASONS[plan.bound_reason]}): "
         f"the gap is {plan.gap:.1%}.",
@@ -124,10 +127,9 @@ def summary(plan: Plan) -> str:
     for name, what in ((WORST, "one adapter at a time with eager peft"), (BEST, "the best one-at-a-time training")):
         if name in plan.baselines:
             other = plan.baselines[name]
-            lines.append(
-                f"Against {what} ({duration(other)}) it saves {duration(max(0.0, other - plan.makespan))}: "
-                f"{other / plan.makespan:.2f}x."
-            )
+            saved = other - plan.makespan
+            gain = f"saves {duration(saved)}" if saved >= 0 else f"takes {duration(-saved)} longer"
+            lines.append(f"Against {what} ({duration(other)}) it {gain}: {other / plan.makespan:.2f}x.")
     return "\n".join(lines)
 
 
@@ -163,7 +165,8 @@ def svg(plan: Plan, width: int = 1000) -> str:
     scale = (width - left) / plan.makespan
     parts = []
     for device in range(plan.n_devices):
-        parts.append(f"<text x='0' y='{device * row + row / 2:.0f}'>GPU {device}</text>")
+        name = "CPU" if plan.device == "cpu" else f"GPU {device}"
+        parts.append(f"<text x='0' y='{device * row + row / 2:.0f}'>{name}</text>")
     for job in plan.jobs:
         colour = HTML_COLOURS[job.number % len(HTML_COLOURS)]
         x, y = left + job.start * scale, min(job.devices) * row
@@ -205,6 +208,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 job``, ``2 jobs``."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _memory(job: PlannedJob, plan: Plan) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from plora.search.trial import Trial
 
 OBJECTIVES = ("makespan", "rank_throughput")
+# No training is this long, and much larger numbers overflow.
+MOST_STEPS = 10**12
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Load:
                 f"trial {self.name}: rank, steps and tokens must be positive, got rank {self.rank}, "
                 f"{self.steps} steps, {self.tokens_per_step} tokens per step, longest sequence {self.longest}"
             )
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"trial {self.name} has more than {MOST_STEPS:.0e} steps: lower its epochs or max_steps")
 
     @property
     def labels(self) -> float:
@@ -115,8 +119,8 @@ class Problem:
             raise ValueError(f"max_adapters must be at least 1, got {self.max_adapters}")
         if self.token_budget is not None and self.token_budget < self.longest:
             raise ValueError(
-                f"token_budget is {self.token_budget}, but the longest sequence has {self.longest} tokens and must fit "
-                "a microbatch whole: raise token_budget or lower max_seq_len"
+                f"microbatches have {self.token_budget} tokens (packing.tokens_per_microbatch), but the longest "
+                f"sequence has {self.longest} and must fit one whole: raise that, or lower max_seq_len"
             )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
@@ -254,7 +258,7 @@ def _remedies(problem: Problem, parts: MemoryParts) -> str:
     memory = problem.memory
     remedies = []
     if parts.base > problem.free_bytes // 2 and memory.quantize is None and memory.device == "cuda":
-        remedies.append("quantize: nf4")
+        remedies.append("dtype: nf4")
     if memory.dtype == "fp32":
         remedies.append("dtype: bf16")
     if parts.generation > parts.microbatch:
@@ -262,9 +266,11 @@ def _remedies(problem: Problem, parts: MemoryParts) -> str:
     elif not memory.activation_checkpointing:
         remedies.append("activation_checkpointing: true")
     if parts.activations > problem.free_bytes // 10:
-        remedies.append("a smaller max_seq_len" + (" or token_budget" if problem.token_budget else ""))
+        remedies.append("a smaller max_seq_len" + (" or tokens_per_microbatch" if problem.token_budget else ""))
     if parts.adapters > problem.free_bytes // 10:
         remedies.append("a smaller rank or fewer target_modules")
+        if memory.moments == "exact":
+            remedies.append("optimizer_state: 8bit")
     if memory.device == "cuda":
         remedies.append("more devices or devices with more memory")
     return ", ".join(remedies) or "a smaller model or more free memory"

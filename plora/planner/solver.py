@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 # Best first: HiGHS runs in this process through highspy, CBC comes with PuLP 3.
 SOLVERS = ("HiGHS", "PULP_CBC_CMD")
 _NAMES = {"highs": "HiGHS", "cbc": "PULP_CBC_CMD"}
+_PACKAGES = {"highs": "highspy", "cbc": "'pulp<4'"}
 
 
 def available_solvers() -> list[str]:
@@ -38,7 +39,8 @@ def choose_solver(name: str = "auto") -> str | None:
         raise ValueError(f"solver must be auto, none, {' or '.join(_NAMES)}, got {name!r}")
     if name not in installed:
         raise ValueError(
-            f"solver {name} is not installed; installed: {', '.join(installed) or 'none'}. Use auto or none"
+            f"solver {name} is not installed; installed: {', '.join(installed) or 'none'}. Use auto, or pip install "
+            f"{_PACKAGES[name]}"
         )
     return name
 

@@ -82,10 +82,10 @@ def plan_on(
     if not problems:
         assert misfits, "at least one memory model"
         raise misfits[-1][1]
-    for memory, error in misfits:
+    for memory, misfit in misfits:
         logger.info(
             "left out (checkpointing %s, CUDA graphs up to %d tokens): %s",
-            memory.activation_checkpointing, memory.graph_tokens, error,
+            memory.activation_checkpointing, memory.graph_tokens, misfit,
         )  # fmt: skip
     return _soonest(problems, gpu, time_limit, options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +55,16 @@ GPUS = {
     )
 }
 
+# With an underscore for what separates words.
 _ALIASES = {
-    "a100-sxm4-40gb": "a100_40gb",
-    "a100-pcie-40gb": "a100_40gb",
-    "a100-sxm4-80gb": "a100_80gb",
-    "a100 80gb pcie": "a100_80gb",
+    "a100_sxm4_40gb": "a100_40gb",
+    "a100_pcie_40gb": "a100_40gb",
+    "a100_sxm4_80gb": "a100_80gb",
+    "a100_80gb_pcie": "a100_80gb",
     "a100": "a100_80gb",
-    "geforce rtx 4090": "rtx_4090",
+    "geforce_rtx_4090": "rtx_4090",
+    "rtx4090": "rtx_4090",
     "4090": "rtx_4090",
-    "h100_80gb": "h100",
 }
 
 
@@ -72,12 +74,12 @@ def find_gpu(name: str) -> GPU:
     Raises:
         ValueError: if there is none.
     """
-    key = name.strip().lower().removeprefix("nvidia").strip()
+    key = re.sub(r"[\s_-]+", "_", name.strip().lower()).removeprefix("nvidia_")
     key = _ALIASES.get(key, key)
     if key in GPUS:
         return GPUS[key]
-    for prefix in ("h200", "h100", "rtx_4090", "a10", "l4"):
-        if key.replace(" ", "_").replace("-", "_").split("_")[0] == prefix:
+    for prefix in ("h200", "h100", "a10", "l4"):
+        if key.split("_")[0] == prefix:
             return GPUS[prefix]
     raise ValueError(f"no data sheet for the GPU {name!r}: use one of {', '.join(sorted(GPUS))}")
 

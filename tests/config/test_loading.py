@@ -114,7 +114,8 @@ BAD = [
     ("objective.metric", METRIC, r"objective\.direction: is missing"),
     ("objective.direction", "up", r"minimize, maximize"),
     ("evaluation.every", 0, r"evaluation\.every = 0"),
-    ("evaluation.every", 1.5, r"at most 1"),
+    ("evaluation.every", 1.5, r"from 0\.0001 to 1"),
+    ("evaluation.every", 1e-9, r"from 0\.0001 to 1"),
     ("evaluation.generation.answer", "(", r"not a regular expression"),
     ("evaluation.generation.top_k", 0, r"top_k = 0"),
     ("export.keep", "some", r"or 'all'"),
@@ -319,6 +320,8 @@ def test_a_sweep_is_never_overwritten(raw: dict[str, Any], tmp_path: Path) -> No
     (tmp_path / "run" / "study.db").touch()
     with pytest.raises(ConfigError, match=r"output_dir.*already holds a sweep.*another directory"):
         load(raw)
+    with pytest.raises(ConfigError, match="already holds a sweep"):
+        load(raw, ["plan_only=true"])  # its plan.json is of the sweep that ran
     assert load(raw, new_sweep=False).output_dir == tmp_path / "run"
 
 
@@ -328,6 +331,8 @@ def test_an_output_dir_that_cannot_be_made(
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file, not a directory"):
         load(raw, {"output_dir": str(tmp_path / "file" / "run")})
+    with pytest.raises(ConfigError, match="is a file, not a directory"):
+        load(raw, {"output_dir": str(tmp_path / "file" / "run"), "plan_only": True})
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ConfigError, match="no permission"):
         load(raw)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import plora
+from plora.planner import plan_on
 from tests.engine import tiny
 
 
@@ -32,6 +34,25 @@ def test_plan_for_devices_that_are_not_here(
     shown = capsys.readouterr().out
     assert "on 2 x a100_40gb" in shown
     assert "GPU 1 " in shown
+
+
+@pytest.mark.parametrize(("arguments", "seconds"), [([], 20.0), (["packing.time_limit=3"], 3.0)])
+def test_the_search_takes_the_time_it_is_given(
+    settings: Callable[..., tiny.Tree],
+    command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    seconds: float,
+) -> None:
+    given = []
+
+    def noted(*values: Any, time_limit: float, **options: Any) -> Any:
+        given.append(time_limit)
+        return plan_on(*values, time_limit=time_limit, **options)
+
+    monkeypatch.setattr("plora.engine.planning.plan_on", noted)
+    assert command(settings(), "plan_only=true", "hardware.gpu=h100", *arguments) == 0
+    assert given == [seconds]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,17 @@ def test_a_residual_is_added(on_kernels: bool) -> None:
     y, residual, weight = (t.bfloat16() for t in (problem.gate, problem.up, problem.weight))
     hidden = reference.lora_down(problem.x, problem.weight, gate, tables, index, R)
     (exact,) = reference.lora_up([y.float()], hidden, problem.weight, gate, tables)
-    (out,) = ops.lora_up([y], residual, hidden.bfloat16(), weight, 0, gate, tables.as_list(), device, index)
+    (out,) = ops.lora_up(
+        [y],
+        residual,
+        hidden.bfloat16(),
+        weight,
+        torch.zeros(1, dtype=torch.int64),
+        gate,
+        tables.as_list(),
+        device,
+        index,
+    )
     torch.testing.assert_close(out.float(), exact + residual, rtol=2e-2, atol=2e-2)
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plora.planner import Load, make_plan
 from plora.planner.bounds import largest_budget, lower_bounds
 from plora.planner.jobs import Workshop, makespan, place
 from tests.planner.instances import load, problem, problems
@@ -58,3 +59,10 @@ def test_the_largest_budget_is_the_last_that_fits():
     need = given_problem.memory.adapter_bytes(64)
     assert given_problem.memory.adapter_room(given_problem.free_bytes, tokens, 64) >= need
     assert given_problem.memory.adapter_room(given_problem.free_bytes, tokens + 1, 64) < need
+
+
+def test_the_bound_knows_the_budget_that_a_very_long_sequence_is_rounded_up_to():
+    # A batch that one microbatch of 70,016 tokens holds and one of 70,001 does not.
+    made = make_plan(problem([Load("a", 8, 1000, 70_014.0, 70_001)], gpu="h200"), time_limit=1)
+    assert made.jobs[0].token_budget == 70_016
+    assert made.gap >= -1e-9

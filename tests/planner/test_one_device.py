@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time as clock
+from dataclasses import replace
 
 import pytest
 
-from plora.planner import plan_on
+from plora.planner import Load, plan_on
+from plora.planner.baselines import BEST, baselines
+from plora.planner.bounds import lower_bounds
 from plora.planner.solver import available_solvers
-from plora.profiler import GPUS, estimate
+from plora.profiler import GPUS, estimate, one_at_a_time
 from tests.planner.instances import GIB, SMALL, assert_sound, grid, load, model
 
 
@@ -58,7 +62,7 @@ def test_solver_names_are_checked(monkeypatch):
     with pytest.raises(ValueError, match="solver must be auto, none, highs or cbc, got 'gurobi'"):
         plan([load("a")], solver="gurobi")
     monkeypatch.setattr("pulp.listSolvers", lambda onlyAvailable: ["PULP_CBC_CMD"])  # noqa: N803
-    with pytest.raises(ValueError, match="solver highs is not installed; installed: cbc"):
+    with pytest.raises(ValueError, match=r"highs is not installed; installed: cbc\. Use auto, or pip install highspy"):
         plan([load("a")], solver="highs")
 
 
@@ -70,3 +74,31 @@ def test_checkpointing_is_used_only_where_it_pays():
         assert chosen.memory.activation_checkpointing is expected
         assert (made.recomputed_layers > 0) is expected
         assert_sound(made, chosen)
+
+
+def test_a_plan_is_compared_with_what_is_best_under_any_of_the_memory_models():
+    # Six adapters of rank 256 fit only without the graphs' memory; one at a time has room for it and is quicker with.
+    plain = replace(model(checkpointing=False), compiled=True)
+    memories = [replace(plain, graph_tokens=2048), plain]
+    loads = [Load(f"t{i}", 256, 500, 8 * 200.0, 512) for i in range(6)]
+    chosen, made = plan(loads, gpu="h100", free=GPUS["h100"].free_bytes, memories=memories)
+    assert made.graph_tokens == 0
+    others = [replace(chosen, memory=memory, time=estimate(GPUS["h100"], memory)) for memory in memories]
+    ends = [baselines(each, one_at_a_time(each.time, each.memory, GPUS["h100"]))[BEST] for each in others]
+    assert ends[0] < 0.95 * ends[1]
+    assert made.baselines[BEST] == pytest.approx(ends[0])
+    bounds = [lower_bounds(each).best for each in others]
+    assert made.lower_bound == min(bounds)
+
+
+def test_a_memory_model_that_does_not_fit_is_logged_only_where_another_does(caplog):
+    loads = [load("a", 8, longest=2048, tokens=2000)]
+    tight = model(checkpointing=True).parts_from_bytes(model().adapter_bytes(8), 2048, 8).total
+    memories = [model(checkpointing=False), model(checkpointing=True)]
+    with caplog.at_level(logging.INFO, logger="plora"):
+        plan(loads, free=tight, memories=memories)
+        assert [record.message[:8] for record in caplog.records] == ["left out"]
+        caplog.clear()
+        with pytest.raises(ValueError, match="does not fit even alone"):
+            plan(loads, free=tight - (2 << 30), memories=memories)
+    assert caplog.records == []

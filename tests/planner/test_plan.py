@@ -49,9 +49,14 @@ def test_the_file_says_its_version_first(plan):
         ("[]", "it has no version"),
         ('{"version": 99}', "another version"),
         ('{"version": 2, "jobs": []}', "not a plan: it has no jobs"),
-        ('{"version": 2}', "not a plan: 'jobs'"),
-        ('{"version": 2, "jobs": 3}', "not a plan"),
-        ('{"version": 2, "jobs": [{"trials": [{"nome": 1}]}]}', "not a plan"),
+        ("[" * 100_000, "not a plan"),
+        ('{"version": 2}', "the plan has no list of jobs"),
+        ('{"version": 2, "jobs": 3}', "the plan has no list of jobs, got 3"),
+        ('{"version": 2, "jobs": [null]}', r"jobs\[0\] must be an object, got None"),
+        ('{"version": 2, "jobs": [{"trials": [[]]}]}', r"jobs\[0\].trials\[0\] must be an object, got \[\]"),
+        ('{"version": 2, "jobs": [{"trials": [{"nome": 1}]}]}', r"jobs\[0\].trials\[0\] has what no plan has: nome"),
+        ('{"version": 2, "jobs": [{"trials": [{"name": "a"}]}]}', r"trials\[0\] lacks rank, start_round, steps, tok"),
+        ('{"version": 2, "jobs": [{"trials": [], "devices": 0}]}', r"jobs\[0\] has no list of devices, got 0"),
     ],
 )
 def test_a_file_that_is_no_plan_is_named(tmp_path, text, message):
@@ -64,6 +69,27 @@ def test_a_file_that_is_no_plan_is_named(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no plan file .*gone\.json"):
         Plan.load(tmp_path / "gone.json")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: Is a directory"):
+        Plan.load(tmp_path)
+    (tmp_path / "my_plan.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"my_plan\.json: not a plan: it is not text"):
+        Plan.load(tmp_path / "my_plan.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"foo": 1}, "the plan has what no plan has: foo; remove it"),
+        ({"free_bytes": 1e400}, "free_bytes must be a whole number of at least 0, got inf"),
+        ({"model": None}, "not a plan: model must be text, got None"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(plan, change, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.from_json(json.dumps({**json.loads(plan.to_json()), **change}))
 
 
 def _edited(plan, number, **changes):
@@ -92,7 +118,7 @@ def test_every_mismatch_is_in_one_list(plan, given_problem):
         ({"devices": (0, 0)}, r"on devices \[0, 0\]: they must be neighbours"),
         ({"devices": (0, 1, 2)}, "tensor-parallel degree 3, allowed are 1, 2"),
         ({"trials": ()}, "has no trials"),
-        ({"token_budget": 1 << 17}, r"job 0 needs .* on each device, 23.0 GiB are free"),
+        ({"token_budget": 1 << 17}, r"job 0 needs .* on each device, 23.0 GiB are free: lower its token_budget"),
     ],
 )
 def test_each_mismatch_of_a_job_is_found(plan, given_problem, change, message):
@@ -103,8 +129,43 @@ def test_each_mismatch_of_a_job_is_found(plan, given_problem, change, message):
 def test_jobs_that_share_a_device_are_found(plan, given_problem):
     other = plan.jobs[1]
     assert other.devices != plan.jobs[0].devices
-    with pytest.raises(ValueError, match="in job 0 and job 1 at the same time"):
+    with pytest.raises(ValueError, match=r"at the same time: job 1 starts at .* s, job 0 ends at .* s"):
         check_plan(_edited(plan, 1, devices=plan.jobs[0].devices), given_problem)
+
+
+def test_a_trial_that_would_join_at_another_round_is_found(plan, given_problem):
+    job = plan.jobs[0]
+    last = max(job.trials, key=lambda trial: trial.end_round)
+    late = replace(last, start_round=last.end_round + 7)
+    others = [trial for trial in job.trials if trial is not last]
+    joins = max(trial.end_round for trial in others if trial.end_round <= late.start_round)
+    with pytest.raises(ValueError, match=f"trial {late.name} starts in round .* set its start_round to {joins}"):
+        check_plan(_edited(plan, 0, trials=(*others, late)), given_problem)
+    shifted = [replace(trial, start_round=trial.start_round + 1) for trial in job.trials]
+    with pytest.raises(ValueError, match="would join in round 0, with nothing before it"):
+        check_plan(_edited(plan, 0, trials=tuple(shifted)), given_problem)
+
+
+def test_devices_that_are_not_there_are_said_once():
+    alone = problem([load("a")])
+    made = make_plan(alone, time_limit=1)
+    for devices, ways, message in (((5,), "one way", r"\[5\], there is only 0"), ((0, 0), "2 ways", "each once")):
+        with pytest.raises(ValueError, match=rf"in {ways};(.|\n)*{message}"):
+            check_plan(_edited(made, 0, devices=devices), alone)
+
+
+def test_a_trial_twice_in_a_job_is_found(plan, given_problem):
+    first = plan.jobs[0]
+    with pytest.raises(ValueError, match=f"trial {first.trials[0].name} is twice in job 0: keep one"):
+        check_plan(_edited(plan, 0, trials=(*first.trials, first.trials[0])), given_problem)
+
+
+def test_microbatches_above_the_limit_are_found(plan, given_problem):
+    limited = replace(given_problem, token_budget=512)
+    with pytest.raises(ValueError, match="packing.tokens_per_microbatch is 512"):
+        check_plan(_edited(plan, 0, token_budget=1024), limited)
+    below = [replace(job, token_budget=512) for job in plan.jobs]
+    check_plan(replace(plan, jobs=tuple(below)), limited)
 
 
 def test_missing_and_changed_trials_and_less_memory_are_found(plan, given_problem):

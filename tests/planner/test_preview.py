@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree
+from dataclasses import replace
 
 import pytest
 
 from plora.planner import make_plan
-from plora.planner.baselines import baselines
-from plora.planner.preview import as_text, device_range, duration, summary, svg, to_html
+from plora.planner.baselines import BEST, WORST, baselines
+from plora.planner.preview import as_text, device_range, duration, gantt, summary, svg, to_html
 from plora.profiler import GPUS, one_at_a_time
 from tests.planner.instances import grid, load, problem
 
@@ -45,6 +46,28 @@ def test_the_html_is_whole_and_draws_each_trial_once(plan):
     assert len(drawing.findall(f"{space}line")) == 24
     for line in summary(plan).splitlines():
         assert line in page
+
+
+def test_a_plan_that_takes_longer_says_so():
+    slow = make_plan(problem([load("a")], gpu="h100"), time_limit=1)
+    text = summary(replace(slow, baselines={WORST: slow.makespan - 20, BEST: slow.makespan}))
+    assert "1 trial in 1 job ends after" in text
+    assert "it takes 20s longer: 0." in text
+    assert "it saves 0s: 1.00x" in text
+
+
+def test_a_number_too_long_for_its_bar_is_left_out(plan):
+    first = replace(plan.jobs[0], number=12, start=0.0, seconds=2.0, devices=(0,))
+    second = replace(plan.jobs[0], number=3, start=2.0, seconds=98.0, devices=(0,))
+    chart = gantt(replace(plan, jobs=(first, second), n_devices=1, makespan=100.0), 64)
+    bar = str(chart).splitlines()[0].split("|")[1]
+    assert bar.count("3") == 1
+    assert "1" not in bar
+    assert bar.startswith("█")
+
+
+def test_a_cpu_is_called_one_on_the_page_too(plan):
+    assert ">CPU<" in svg(replace(plan, device="cpu", n_devices=1, jobs=plan.jobs[:1]))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ def test_loads_refuse_an_empty_data_set_and_an_unknown_target():
         load_trials([Trial(0, "a", AdapterConfig(target_modules=("c_attn",)))], spec, lambda trial: [5])
 
 
+def test_more_steps_than_any_training_has_are_refused():
+    spec = ModelSpec.preset("Qwen/Qwen2.5-7B")
+    with pytest.raises(ValueError, match=r"trial a has more than 1e\+12 steps: lower its epochs"):
+        load_trials([Trial(0, "a", AdapterConfig(), epochs=1e300)], spec, lambda trial: [5])
+
+
 def test_alike_loads_are_grouped_in_order():
     loads = [load("a", 8), load("b", 16), load("c", 8)]
     assert group_loads(loads) == [[0, 2], [1]]
@@ -62,7 +68,7 @@ def test_alike_loads_are_grouped_in_order():
     [
         ({"count": 0, "degrees": (1,)}, "at least one device"),
         ({"max_adapters": 0}, "max_adapters must be at least 1, got 0"),
-        ({"token_budget": 100}, "token_budget is 100, but the longest sequence has 512"),
+        ({"token_budget": 100}, r"100 tokens \(packing.tokens_per_microbatch\), but the longest sequence has 512"),
         ({"objective": "fast"}, "objective must be one of makespan, rank_throughput, got 'fast'"),
         ({"count": 8, "degrees": (3,)}, "degree 3 does not suit Qwen2.5-7B"),
         ({"count": 8, "degrees": (8,)}, "28 heads and 4 key-value heads"),
@@ -87,8 +93,9 @@ def test_a_trial_that_fits_nowhere_is_refused_with_the_numbers():
     text = str(caught.value)
     for part in ("trial large (rank 128", "15.0 GiB are free", "base weights 14.2 GiB", "adapters 5.4 GiB", "2 trials"):
         assert part in text
-    assert "quantize: nf4" in text
-    assert "smaller rank" in text
+    # The keys of a configuration.
+    for remedy in ("change: dtype: nf4", "smaller rank", "optimizer_state: 8bit"):
+        assert remedy in text
 
 
 def test_a_trial_that_fits_at_a_higher_degree_is_not_refused():

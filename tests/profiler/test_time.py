@@ -119,6 +119,10 @@ def test_missing_degrees_and_impossible_coefficients_are_named():
         ("NVIDIA L4", "l4"),
         ("NVIDIA GeForce RTX 4090", "rtx_4090"),
         ("a100_40gb", "a100_40gb"),
+        ("A100 40GB", "a100_40gb"),
+        ("a100-80gb", "a100_80gb"),
+        ("RTX 4090", "rtx_4090"),
+        ("rtx4090", "rtx_4090"),
     ],
 )
 def test_gpus_are_found_by_their_driver_names(name, found):
