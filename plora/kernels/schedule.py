@@ -241,6 +241,12 @@ class DeviceTables:
         self._sums = _at_least(self._sums, 2 * counts.other_blocks * SCRATCH_BLOCK)
         self._counters = _at_least(self._counters, max(*counts.tiles, counts.runs[0], CLUSTER * counts.walks))
 
+    def release_workspace(self) -> None:
+        """Give back what the largest microbatch so far has made the workspace grow to."""
+        self._partials, self._sums, self._counters = (
+            tensor.new_zeros(0) for tensor in (self._partials, self._sums, self._counters)
+        )
+
     @property
     def counts(self) -> Counts:
         """Of the lists as they are."""
@@ -296,9 +302,9 @@ def _coarsely_rounded(count: int) -> int:
     return _rounded(coarse(count))
 
 
-def coarse(number: int) -> int:
-    """``number`` rounded up to one of eight values an octave, so that similar numbers become equal."""
-    step = 1 << max(0, number.bit_length() - 4)
+def coarse(number: int, steps: int = 8) -> int:
+    """``number`` rounded up to one of ``steps`` values an octave, a power of two: similar numbers become equal."""
+    step = 1 << max(0, number.bit_length() - steps.bit_length())
     return -(-number // step) * step
 
 

@@ -209,6 +209,11 @@ class PackedAdapters(nn.Module):
         finally:
             shared.routed.fill_(False)
 
+    def release_workspace(self) -> None:
+        """Give back the kernels' workspace, which is as large as any microbatch so far has needed."""
+        if self._shared.device_tables is not None:
+            self._shared.device_tables.release_workspace()
+
     @property
     def work_counts(self) -> Counts | None:
         """How much the kernels' launches of this route have room for; None where the kernels do not run."""

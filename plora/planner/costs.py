@@ -117,16 +117,25 @@ class Costs:
         return rounds + sum(self.tail[k] for k in members)
 
     def largest_microbatch(self, members: Sequence[int], starts: Sequence[int]) -> int:
-        """Tokens of the largest microbatch that a job is likely to see: rounds are cut evenly.
+        """Tokens of the largest microbatch that a job is likely to see: rounds are cut evenly, between sequences.
 
-        Batches vary: three standard deviations above the mean are rarely passed.
+        Batches vary: more than three standard deviations from the mean are rare.
         """
         largest = 0.0
         for segment in self.segments(members, starts):
-            mean = sum(self.step_tokens[k] for k in segment.live)
-            spread = sum(self.problem.loads[k].spread ** 2 for k in segment.live) ** 0.5
-            largest = max(largest, min(mean, self.tokens) if mean > self.tokens else mean + 3 * spread)
+            live = [self.problem.loads[k] for k in segment.live]
+            mean, spread = sum(load.tokens_per_step for load in live), sum(load.spread**2 for load in live) ** 0.5
+            longest = max((load.longest for load in live), default=0)
+            largest = max(largest, self._even_part(mean - 3 * spread, mean + 3 * spread, longest))
         return max(1, min(self.tokens, math.ceil(largest)))
+
+    def _even_part(self, least: float, most: float, longest: int) -> float:
+        """Tokens of the largest microbatch of rounds that have from ``least`` to ``most`` tokens."""
+        if most <= self.tokens:
+            return most
+        if most // self.tokens * self.tokens >= least:
+            return self.tokens  # some rounds fill theirs
+        return most / math.ceil(most / self.tokens) + longest / 2
 
     def peak_size(self, members: Sequence[int], starts: Sequence[int]) -> int:
         """Most bytes of adapters alive at a time."""

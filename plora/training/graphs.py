@@ -10,7 +10,7 @@ from tables that keep their place.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 _LAUNCH_BOUND = 2e12
 _MOST_TOKENS = 16384
 _MOST_GRAPHS = 32
+# To run a shape for the first time and to capture it takes as long as dozens of replays: a microbatch rather is padded
+# further, by a quarter or so many tokens, to a shape that is there. One that keeps coming is worth a graph of its own.
+_OWN_GRAPH_AFTER = 16
+_MORE_TOKENS = 256
 
 
 def launch_bound_tokens(spec: ModelSpec) -> int:
@@ -52,17 +56,26 @@ def graph_tokens(spec: ModelSpec, device: torch.device, dtype: str) -> int:
 
 
 def small_microbatches(
-    base: BaseModel, packed: PackedAdapters, most_tokens: int | None = None, *, compile_loss: bool = False
+    base: BaseModel,
+    packed: PackedAdapters,
+    most_tokens: int | None = None,
+    *,
+    token_budget: int | None = None,
+    compile_loss: bool = False,
+    own_graph_after: int = _OWN_GRAPH_AFTER,
 ) -> MicrobatchGraphs | None:
     """What runs the small ones among a job's microbatches; None where the CUDA kernels do not run.
 
-    ``most_tokens``: as ``JobSettings.graph_tokens``.
+    ``most_tokens``: as ``JobSettings.graph_tokens``. ``token_budget``: of a microbatch, which none is padded beyond.
+    The others as of `MicrobatchGraphs`.
     """
     if most_tokens is None:
         most_tokens = launch_bound_tokens(base.spec)
+    if token_budget is not None:
+        most_tokens = min(most_tokens, token_budget)
     if not most_tokens or packed.work_counts is None:
         return None
-    return MicrobatchGraphs(base, packed, most_tokens, compile_loss=compile_loss)
+    return MicrobatchGraphs(base, packed, most_tokens, compile_loss=compile_loss, own_graph_after=own_graph_after)
 
 
 def differentiate(
@@ -113,12 +126,21 @@ class MicrobatchGraphs:
         packed: the adapters on it. Graphs need the CUDA kernels; without them shapes are padded and nothing captured.
         most_tokens: of the microbatches taken.
         compile_loss: see `backward_cross_entropy`.
+        own_graph_after: times that a shape comes before it gets a graph of its own; until then others serve.
     """
 
     def __init__(
-        self, base: BaseModel, packed: PackedAdapters, most_tokens: int, *, compile_loss: bool = False
+        self,
+        base: BaseModel,
+        packed: PackedAdapters,
+        most_tokens: int,
+        *,
+        compile_loss: bool = False,
+        own_graph_after: int = _OWN_GRAPH_AFTER,
     ) -> None:
         self.base, self.packed, self.most_tokens, self.compile_loss = base, packed, most_tokens, compile_loss
+        self._own_graph_after = own_graph_after
+        self._came: Counter[Shape] = Counter()
         self.padding = 0  # tokens computed that belong to no sequence
         self._entries: OrderedDict[Shape, _Entry] = OrderedDict()
         self._captures = packed.work_counts is not None
@@ -148,7 +170,7 @@ class MicrobatchGraphs:
         """As `plora.training.rounds.forward_backward`; the next call overwrites what this one returns."""
         inputs = Inputs.of(microbatch, n_labels)
         self.base.check_length(inputs.longest)  # a replay would not
-        shape = inputs.padded_shape()
+        shape = self._shape(inputs)
         padding = shape.tokens - len(inputs.tokens)
         self.padding += padding
         padded = inputs.padded(shape, spare_slot=self.packed.capacity)
@@ -162,6 +184,24 @@ class MicrobatchGraphs:
             work_counts=entry.counts,
         ):
             return self._run(entry)
+
+    def _shape(self, inputs: Inputs) -> Shape:
+        """What a microbatch is padded to."""
+        own = inputs.padded_shape()
+        self._came[own] += 1
+        if own in self._entries or self._came[own] > self._own_graph_after:
+            return own
+        largest = Shape(*(size + max(size // 4, _MORE_TOKENS) for size in own))
+        fitting = [
+            shape
+            for shape in self._entries
+            if inputs.fits(shape) and shape.tokens <= largest.tokens and shape.labels <= largest.labels
+        ]
+        if fitting:
+            return min(fitting)
+        # With room for those to come, but in no more memory than was planned.
+        roomy = inputs.padded_shape(steps=4)
+        return roomy if roomy.tokens <= self.most_tokens else own
 
     def _entry(self, shape: Shape, padded: Inputs) -> _Entry:
         """That of a shape, with these inputs."""

@@ -122,13 +122,22 @@ class Inputs:
             max_len=shape.max_len,
         )
 
-    def padded_shape(self) -> Shape:
-        """The shape, among few, that these fit into."""
-        tokens = _whole(coarse(len(self.tokens)), _ROWS)
+    def padded_shape(self, steps: int = 8) -> Shape:
+        """The shape that these fit into, among so many an octave."""
+        tokens = _whole(coarse(len(self.tokens), steps), _ROWS)
         max_len = 1 << (self.max_len - 1).bit_length()
-        sequences = len(self.cu_seqlens) - 1 - (len(self.tokens) - tokens) // max_len
-        labels = min(tokens, _whole(coarse(len(self.rows)), _ROWS))
-        return Shape(tokens, _whole(coarse(sequences), _SEQUENCES), labels, max_len)
+        labels = min(tokens, _whole(coarse(len(self.rows), steps), _ROWS))
+        return Shape(tokens, _whole(coarse(self._sequences_at(tokens, max_len), steps), _SEQUENCES), labels, max_len)
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether these can be padded to a shape."""
+        tokens, labels = len(self.tokens) <= shape.tokens, len(self.rows) <= shape.labels
+        lengths = self.max_len <= shape.max_len
+        return tokens and labels and lengths and self._sequences_at(shape.tokens, shape.max_len) <= shape.sequences
+
+    def _sequences_at(self, tokens: int, max_len: int) -> int:
+        """Sequences, those that padding to so many tokens adds included."""
+        return len(self.cu_seqlens) - 1 - (len(self.tokens) - tokens) // max_len
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

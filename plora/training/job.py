@@ -93,7 +93,13 @@ class PackJob:
         self.optimizer = PackedAdamW(packed, self.settings.optimizer_state)
         compile_loss = self.settings.compile_loss
         self._compile_loss = can_compile(base.device) if compile_loss is None else compile_loss
-        self._graphs = small_microbatches(base, packed, self.settings.graph_tokens, compile_loss=self._compile_loss)
+        self._graphs = small_microbatches(
+            base,
+            packed,
+            self.settings.graph_tokens,
+            token_budget=self.settings.token_budget,
+            compile_loss=self._compile_loss,
+        )
         relief = None if self._graphs is None else self._graphs.release
         self.budget = TokenBudget(self.settings.token_budget, "training", relief)
         eval_tokens = self.settings.eval_token_budget or self.settings.token_budget

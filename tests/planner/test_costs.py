@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
+from statistics import fmean, pvariance
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plora.data.microbatch import pack
+from plora.data.types import Example
+from plora.planner import Load
 from plora.planner.costs import budget_choices, make_costs, tabulate
 from tests.planner.instances import GIB, load, problem, problems
 
@@ -70,5 +76,22 @@ def test_the_largest_microbatch_allows_for_batches_that_vary():
     assert costs.largest_microbatch([0], [0]) == 490
     assert costs.largest_microbatch([0, 1], [0, 0]) == 928
     assert costs.largest_microbatch([0, 1], [0, costs.steps[0]]) == 490
-    # Where rounds are cut, microbatches are full.
+    # Rounds of 673 to 928 tokens: some just fill a microbatch.
     assert make_costs(problem(loads), 1, 700).largest_microbatch([0, 1], [0, 0]) == 700
+
+
+@pytest.mark.parametrize(
+    ("batch", "budget", "shortest", "longest"), [(40, 4096, 50, 250), (24, 1024, 90, 110), (64, 4096, 60, 80)]
+)
+def test_the_largest_microbatch_is_that_of_rounds_cut_evenly(batch, budget, shortest, longest):
+    random = Random(0)
+    lengths = [random.randint(shortest, longest) for _ in range(1000)]
+    seen = []
+    for _ in range(200):
+        drawn = [np.zeros(length, dtype=np.int32) for length in random.choices(lengths, k=batch)]
+        packed = pack({0: [Example(tokens, tokens, tokens[:0], "") for tokens in drawn]}, budget)
+        seen.append(max(len(each.tokens) for each in packed))
+    spread = (batch * pvariance(lengths)) ** 0.5
+    whole = Load("a", 8, 100, batch * fmean(lengths), max(lengths), spread=spread)
+    likely = make_costs(problem([whole], gpu="h100"), 1, budget).largest_microbatch([0], [0])
+    assert max(seen) <= likely <= 1.1 * max(seen)

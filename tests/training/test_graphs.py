@@ -10,6 +10,7 @@ import torch
 
 from plora.data.microbatch import pack
 from plora.data.types import IGNORE_INDEX, Example
+from plora.kernels.schedule import NO_COUNTS
 from plora.models.base import BaseModel
 from plora.models.spec import ModelError, ModelSpec
 from plora.modules.config import AdapterConfig
@@ -102,6 +103,44 @@ def test_similar_microbatches_share_a_shape() -> None:
         assert len(padded.rows.unique()) == shape.labels
         shapes.add(shape)
     assert len(shapes) <= 6
+
+
+def ragged_run(graphs: MicrobatchGraphs, lengths: list[int]) -> None:
+    (microbatch,) = pack({0: [example(n, max(1, n // 4)) for n in lengths]}, 10**6)
+    graphs.forward_backward(microbatch, {0: 1}, {})
+
+
+def test_few_graphs_serve_ragged_microbatches(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, generator = MicrobatchGraphs(base, packed_on(base), 4096), np.random.default_rng(0)
+    shapes: list[int] = []
+    monkeypatch.setattr(graphs, "_run", lambda entry: shapes.append(len(entry.inputs.tokens)))
+    tokens = 0
+    for _ in range(40):
+        lengths = generator.integers(5, 64, generator.integers(20, 30)).tolist()
+        tokens += sum(lengths)
+        ragged_run(graphs, lengths)
+    assert len(graphs._entries) <= 4
+    assert sum(shapes) == tokens + graphs.padding <= 1.35 * tokens
+
+
+def test_a_shape_that_keeps_coming_gets_a_graph_of_its_own(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = MicrobatchGraphs(base, packed_on(base), 4096, own_graph_after=3)
+    shapes: list[int] = []
+    monkeypatch.setattr(graphs, "_run", lambda entry: shapes.append(len(entry.inputs.tokens)))
+    for length in (60, *[50] * 5):
+        ragged_run(graphs, [length] * 10)
+    assert shapes == [640, 640, 640, 640, 512, 512]
+
+
+def test_none_is_padded_beyond_the_budget(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedAdapters, "work_counts", NO_COUNTS)
+    graphs = small_microbatches(base, packed_on(base), 10**6, token_budget=600)
+    assert graphs is not None
+    shapes: list[int] = []
+    monkeypatch.setattr(graphs, "_run", lambda entry: shapes.append(len(entry.inputs.tokens)))
+    ragged_run(graphs, [55] * 10)
+    assert graphs.most_tokens == 600
+    assert shapes == [576]
 
 
 def test_large_models_are_seldom_bound_by_launches() -> None:
