@@ -155,8 +155,10 @@ def measure(
         # What a job repeats of it, now that the compiler's files are there; the rest is paid once.
         with PackProbe(base, ranks, peaks, optimizer_state, graph_tokens) as probe:
             warmup = probe.round(rounds[0].lengths, rounds[0].token_budget, repeats=1).warmup_seconds
-            start = probe.pack_seconds + warmup + probe.evaluation(64, 64)[1]
-        extras |= {"start": start, "compile": max(0.0, extras["compile"] + extras["start"] - start)}
+            eval_start = probe.evaluation(64, 64)[1]
+            start = probe.pack_seconds + warmup + eval_start
+        compiling = max(0.0, extras["compile"] + extras["start"] - start)
+        extras |= {"start": start, "eval_start": eval_start, "compile": compiling}
     return Calibrated(tuple(found), tuple(ranks), extras)
 
 

@@ -111,8 +111,13 @@ def compare(job: PlannedJob, measured: MeasuredJob, compiling: float = 0.0) -> A
     )
 
 
-def learn(models: CostModels, planned: SweepPlan, job: PlannedJob, measured: MeasuredJob) -> None:
-    """Add a job's measurements to the device's profile, and store it."""
+def learn(
+    models: CostModels, planned: SweepPlan, job: PlannedJob, measured: MeasuredJob, *, compiled: bool = True
+) -> None:
+    """Add a job's measurements to the device's profile, and store it.
+
+    ``compiled``: whether all that is compiled once per process was, when the job began.
+    """
     memory = planned.memory
     before = models.profile(memory)
     prior = models.estimate(memory).cost(1)
@@ -134,7 +139,7 @@ def learn(models: CostModels, planned: SweepPlan, job: PlannedJob, measured: Mea
             peaks,
             today(),
             before=before,
-            extras=_extras(planned, job, measured),
+            extras=_extras(planned, job, measured) | ({"start": measured.start} if compiled else {}),
         )
     )
 

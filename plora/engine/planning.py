@@ -207,7 +207,7 @@ def scoring_seconds(config: SweepConfig, tasks: Mapping[str, Task], cost: StepCo
     test_tokens, test_labels = sum(map(len, task.test)), sum(example.n_labels for example in task.test)
     generation = config.evaluation.generation
     if not config.objective.needs_answers or generation is None:
-        return 3 * cost.eval_seconds(test_tokens, test_labels)
+        return cost.eval_start + 3 * cost.eval_seconds(test_tokens, test_labels)
     chosen = len(config.trials) if generation.top_k is None else min(generation.top_k + 1, len(config.trials))
     rows, most = _answered(config, len(task.val)), generation.max_new_tokens
     usual = min(_answer_tokens(task), most)

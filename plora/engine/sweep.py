@@ -237,7 +237,7 @@ class Sweep:
             compiling = self._compile_predicted if job is self.planned.plan.jobs[0] else 0.0
             self._accuracies.append(compare(job, measured, compiling))
             if self.config.packing.calibrate != "never":
-                learn(self._models, self.planned, job, measured)
+                learn(self._models, self.planned, job, measured, compiled=compiling == 0.0)
 
     def _pack(self, job: PlannedJob, trials: Mapping[str, Trial]) -> PackedAdapters:
         """The base with an arena as large as the job ever needs; what does not start in it makes room for what does."""

@@ -184,6 +184,9 @@ class BaseModel(ABC):
 
         # Else a norm's epsilon would be an input that may change: a tensor on the host, in a graph for the device.
         torch._dynamo.config.specialize_float = True
+        # Else sizes that happen to be equal the first time, such as of sequences and of linears that share an input,
+        # are taken to be one, and layers are compiled anew when they differ.
+        torch.fx.experimental._config.use_duck_shape = False
         is_quantized = any(is_nf4(parameter) for parameter in self.layers.parameters())
         for layer in self.layers:
             layer.compile(dynamic=dynamic, fullgraph=fullgraph, backend=layer_compiler(backend, is_quantized))

@@ -78,6 +78,7 @@ class StepCost:
         save: writing one adapter, however small.
         per_saved_param: writing one more parameter.
         start: making a job's pack and its first, slower rounds.
+        eval_start: making a pack ready to be evaluated, beside the evaluation; ``start`` has it already.
         load: loading the base, once per process.
         compile: compiling its layers, once per process, in the first job.
         estimated: from a data sheet rather than measured.
@@ -99,6 +100,7 @@ class StepCost:
     save: float = 0.0
     per_saved_param: float = 0.0
     start: float = 0.0
+    eval_start: float = 0.0
     load: float = 0.0
     compile: float = 0.0
     estimated: bool = True

@@ -74,7 +74,7 @@ def _fusable_chunk(
 
 @functools.cache
 def _compiled_chunk() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_fusable_chunk)
+    return torch.compile(_fusable_chunk, dynamic=True)
 
 
 def backward_cross_entropy(

@@ -19,7 +19,7 @@ from plora.profiler import (
     save_profile,
 )
 from plora.profiler.memory import Saved
-from plora.profiler.store import MOST_ROUNDS
+from plora.profiler.store import MOST_ROUNDS, PROFILE_VERSION
 
 MEMORY = MemoryModel(ModelSpec.preset("Qwen/Qwen2.5-7B"))
 TIME = estimate(GPUS["h100"], MEMORY, (1, 2))
@@ -71,7 +71,7 @@ def test_applying_a_profile_keeps_estimates_of_what_was_not_measured():
     assert time.source == "measured 2026-11-21"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 3, "key": 3}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", f'{{"version": {PROFILE_VERSION}, "key": 3}}'])
 def test_a_damaged_file_is_named(tmp_path, text):
     path = save_profile(PROFILE, tmp_path)
     path.write_text(text)
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_named(tmp_path, text):
 
 def test_a_profile_of_another_version_is_measured_anew(tmp_path):
     path = save_profile(PROFILE, tmp_path)
-    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    path.write_text(path.read_text().replace(f'"version": {PROFILE_VERSION}', '"version": 2'))
     assert load_profile(KEY, tmp_path) is None
 
 
