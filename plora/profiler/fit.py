@@ -99,7 +99,7 @@ def _mean(group: Sequence[RoundSample]) -> RoundSample:
     )
 
 
-def fit_time(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
+def fit_time(samples: Sequence[RoundSample], prior: StepCost, *, has_floor: bool = True) -> StepCost:
     """Fit a round's coefficients, none negative.
 
     The least sum of squared relative errors, and of squared relative distances from the prior times ``PRIOR_WEIGHT``,
@@ -112,6 +112,8 @@ def fit_time(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
         samples: measured rounds; of several sizes, ranks and numbers of adapters to tell coefficients apart, and at
             least one of them so small that it shows the launch floor.
         prior: where to start; gives what rounds cannot show (start-up, saving) as it is.
+        has_floor: whether the host may be what small rounds wait for. Not where CUDA graphs launch them: there a small
+            round's time still grows with it, and a floor that a fit finds is wrong for others.
 
     Raises:
         ValueError: without samples.
@@ -119,6 +121,8 @@ def fit_time(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
     if not samples:
         raise ValueError("no measured rounds to calibrate the time model with: measure at least one")
     scaled = rescale(samples, prior)
+    if not has_floor:
+        scaled = replace(scaled, floor=0.0)
     first = _fit(samples, scaled, PRIOR_WEIGHT, prior.per_param)
     noise = relative_error(samples, first) ** 2 * len(samples) / max(1, len(samples) - len(COEFFICIENTS) // 2)
     return _fit(samples, scaled, max(PRIOR_WEIGHT, NOISE_WEIGHT * noise), prior.per_param)
@@ -127,7 +131,7 @@ def fit_time(samples: Sequence[RoundSample], prior: StepCost) -> StepCost:
 def _fit(samples: Sequence[RoundSample], scaled: StepCost, weight: float, per_param: float) -> StepCost:
     best, least = scaled, _objective(samples, scaled, scaled, weight)
     ordered = sorted(samples, key=lambda sample: sample.tokens / sample.microbatches)
-    for cut in range(max(1, len(ordered) * 2 // 3)):
+    for cut in range(max(1, len(ordered) * 2 // 3) if scaled.floor else 1):
         cost = _fit_cut(ordered, cut, scaled, weight, per_param)
         if (error := _objective(samples, cost, scaled, weight)) < least:
             best, least = cost, error

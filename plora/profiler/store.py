@@ -114,7 +114,7 @@ def fit_profile(
     rounds = [*(before.rounds if before else ()), *typical(rounds)][-MOST_ROUNDS:]
     peaks = [*(before.peaks if before else ()), *peaks][-MOST_PEAKS:]
     known: dict[str, Any] = {**(before.extras if before else {}), **(extras or {})}
-    cost = replace(fit_time(rounds, prior), estimated=False, **known)
+    cost = replace(fit_time(rounds, prior, has_floor=not memory.graph_tokens), estimated=False, **known)
     saved = fit_memory(memory, peaks).calibration if peaks else Saved()
     return Profile(key, {1: cost}, saved, date, tuple(rounds), tuple(peaks), known)
 

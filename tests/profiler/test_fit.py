@@ -90,6 +90,19 @@ def test_a_slow_round_of_many_at_the_floor_does_not_move_it():
         assert small[0].predicted(cost) == pytest.approx(0.1, rel=0.03)
 
 
+def test_where_graphs_launch_small_rounds_there_is_no_floor():
+    truth = replace(TRUE, floor=0.0, per_microbatch=5e-3)
+
+    def timed(samples, noise):
+        draw = random.Random(3)
+        return [replace(s, seconds=s.predicted(truth) * draw.lognormvariate(0, noise)) for s in samples]
+
+    cost = fit_time(timed(_rounds(15, 0.0, 2), 0.03), PRIOR, has_floor=False)
+    assert cost.floor == 0.0
+    assert relative_error(timed(_rounds(60, 0.0, 102), 0.0), cost) < 0.05
+    assert PRIOR.floor > 0
+
+
 def test_no_samples_are_refused():
     with pytest.raises(ValueError, match="measure at least one"):
         fit_time([], PRIOR)
