@@ -15,6 +15,7 @@ from plora.config.schema import SweepConfig
 from plora.data import ChatTokenizer
 from plora.models import ModelSpec
 from plora.models import check as check_model
+from plora.models import inspect as inspect_model
 from plora.models import resolve as resolve_checkpoint
 from plora.report.trackers import Tracker
 
@@ -59,7 +60,8 @@ def check_sweep(config: SweepConfig) -> Checked:
 
     device = attempt(lambda: find_device(config.device))
     trackers = [attempt(lambda settings=settings: _tracker(settings)) for settings in config.metric_loggers]  # type: ignore[misc]
-    spec = attempt(lambda: check_model(config.model.source, config.model.revision))
+    look_at = inspect_model if config.plan_only else check_model  # a plan needs no weights
+    spec = attempt(lambda: look_at(config.model.source, config.model.revision))
     errors, warnings = check_run(config, config.trials, spec)
     mistakes += errors
     # A checkpoint that cannot be read is said once, not once more for its tokenizer.

@@ -123,10 +123,12 @@ class CostModels:
 
 
 def _carried_over(measured: StepCost, estimated: StepCost, wanted: StepCost) -> StepCost:
-    """``wanted``, an estimate, off by the same factors as the estimate of what was measured."""
-    factors = {
-        name: getattr(measured, name) / getattr(estimated, name) for name in COEFFICIENTS if getattr(estimated, name)
-    }
+    """``wanted``, an estimate, off by the same factors as the estimate of what was measured.
+
+    But where CUDA graphs were measured, which show no launch floor, they say nothing of the floor without.
+    """
+    shown = [name for name in COEFFICIENTS if getattr(estimated, name) and (name != "floor" or measured.floor)]
+    factors = {name: getattr(measured, name) / getattr(estimated, name) for name in shown}
     scaled = {name: getattr(wanted, name) * factor for name, factor in factors.items()}
     names = (
         "per_eval_token",
@@ -135,6 +137,7 @@ def _carried_over(measured: StepCost, estimated: StepCost, wanted: StepCost) -> 
         "save",
         "per_saved_param",
         "start",
+        "eval_start",
         "load",
         "compile",
     )

@@ -64,6 +64,19 @@ def test_what_is_measured_without_recomputation_corrects_the_estimate_with_it(tm
     assert models.memory(recomputing) == recomputing
 
 
+def test_graphs_that_were_measured_say_nothing_of_the_launch_floor_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    models, with_graphs = CostModels(torch.device("cuda"), tmp_path), replace(MEMORY, graph_tokens=1000)
+    measured = profile(models, with_graphs, 1 << 30)
+    assert measured.costs[1].floor == 0.0
+    models.keep(measured)
+    carried = models.time(MEMORY)
+    assert carried.source.startswith("carried over")
+    assert carried.cost(1).floor == models.estimate(MEMORY).cost(1).floor > 0
+
+
 def test_a_damaged_profile_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     models = CostModels(torch.device("cpu"), tmp_path)
     models.keep(profile(models, ON_CPU, 1 << 30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ def test_plan_for_this_machine_leaves_the_directory_free(
     assert "Against the best one-at-a-time training" in shown
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.txt", "plan.html", "plan.json"}
     assert command(tree, "trial.max_steps=1") == 0  # the sweep itself can still run there
+
+
+def test_plan_without_weights(
+    settings: Callable[..., tiny.Tree], command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = settings()
+    folder = tmp_path / "no weights"
+    shutil.copytree(tree["model"]["source"], folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tree["model"]["source"] = str(folder)
+    assert command(tree, "plan_only=true") == 0
+    assert command(tree) != 0
+    assert "has neither model.safetensors" in capsys.readouterr().err
 
 
 def test_plan_for_devices_that_are_not_here(
