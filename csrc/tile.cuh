@@ -308,7 +308,9 @@ int launch(void (*kernel)(Args), const Args& args, dim3 grid, int threads, int T
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = arch < 900 ? 0 : 1;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  error = cudaLaunchKernelEx(&config, kernel, args);
+  if (error != cudaSuccess) cudaGetLastError();  // or whoever asks next would be told of it again
+  return error;
 }
 
 // Compute capability of the current device * 100.

@@ -139,9 +139,17 @@ def learn(
             peaks,
             today(),
             before=before,
-            extras=_extras(planned, job, measured) | ({"start": measured.start} if compiled else {}),
+            extras=_extras(planned, job, measured) | (_start(planned, measured) if compiled else {}),
         )
     )
+
+
+def _start(planned: SweepPlan, measured: MeasuredJob) -> dict[str, float]:
+    """What a job says of starting one; too few rounds do not tell slow ones from steady ones."""
+    if len(measured.rounds) < _FIRST:
+        return {}
+    # What evaluation has to make ready is counted with evaluation.
+    return {"start": measured.start + planned.cost.eval_start}
 
 
 def _extras(planned: SweepPlan, job: PlannedJob, measured: MeasuredJob) -> dict[str, float]:

@@ -59,6 +59,7 @@ class Sweep:
         self._opened = ExitStack()
         self._started = time.perf_counter()
         self._base_took = 0.0
+        self._is_compiled = False  # what is compiled once per process
 
     def setup(self) -> None:
         """Check everything against the model, the data and the device, then read the data.
@@ -205,6 +206,7 @@ class Sweep:
         )
         if profile is not None:
             self.planned, self._compile_predicted = self._plan(is_loaded=True), 0.0
+            self._is_compiled = True
             self.base.set_activation_checkpointing(self.planned.memory.activation_checkpointing)
 
     def _train(self, job: PlannedJob, listeners: Listeners) -> None:
@@ -237,7 +239,8 @@ class Sweep:
             compiling = self._compile_predicted if job is self.planned.plan.jobs[0] else 0.0
             self._accuracies.append(compare(job, measured, compiling))
             if self.config.packing.calibrate != "never":
-                learn(self._models, self.planned, job, measured, compiled=compiling == 0.0)
+                learn(self._models, self.planned, job, measured, compiled=self._is_compiled)
+        self._is_compiled = True
 
     def _pack(self, job: PlannedJob, trials: Mapping[str, Trial]) -> PackedAdapters:
         """The base with an arena as large as the job ever needs; what does not start in it makes room for what does."""

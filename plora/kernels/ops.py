@@ -46,9 +46,16 @@ class GradientBuffer:
         return GradientBuffer(copy.deepcopy(self.tensor, memo))
 
 
-# torch keeps compiled graphs on disk and knows an operator by its name alone: those of another version of this file,
-# whose operators or their backwards may differ, must not be taken for this one's.
-torch.compiler.config.cache_key_tag += f"plora-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+def tag_compiled_graphs(file: str) -> None:
+    """Keep compiled graphs on disk apart by the content of ``file``, of which torch knows nothing.
+
+    It knows an operator by its name alone: graphs of another version, whose operators or their backwards may differ,
+    must not be taken for this one's.
+    """
+    torch.compiler.config.cache_key_tag += f"plora-{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+
+
+tag_compiled_graphs(__file__)
 
 _HANDLES = itertools.count()
 _BUFFERS: WeakValueDictionary[int, GradientBuffer] = WeakValueDictionary()
@@ -186,6 +193,8 @@ def lora_up(
     ``residual [T, N]``, what the model adds to the only one of ``ys`` next, rides along.
     """
     host = Tables(*tables)
+    if residual is not None and len(ys) > 1:
+        raise ValueError(f"residual is added to the output of one linear, got {len(ys)}")
     for y in ys:
         reference.check_rows(y, host)
     if device:

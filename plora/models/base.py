@@ -173,7 +173,9 @@ class BaseModel(ABC):
     ) -> None:
         """Compiles each decoder layer in place; equal layers share one compiled graph.
 
-        Call it after `pack_adapters` and `set_activation_checkpointing`. Generation stays eager.
+        Call it after `pack_adapters` and `set_activation_checkpointing`. Generation stays eager. Two of torch's
+        settings change for the process: floats are constants of compiled code, and sizes that are equal the first
+        time are not taken to be so always.
 
         Args:
             dynamic: as `torch.compile`'s; True so that microbatches of other sizes compile nothing anew.

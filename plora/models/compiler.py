@@ -12,8 +12,12 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
+from plora.kernels.ops import tag_compiled_graphs
+
 # Elements of a row that a block of threads keeps in registers: more would spill.
 _LONGEST_ROW = 4096
+
+tag_compiled_graphs(__file__)
 
 
 @functools.cache

@@ -69,6 +69,8 @@ class Group:
         ``residual``: of the shape of the only one of ``ys``, and added to it too.
         """
         shared = self.shared
+        if residual is not None and not (residual.dtype == ys[0].dtype == shared.weight.dtype):
+            return [residual + self.up(ys, hidden)[0]]  # the pass would round it
         outs = ops.lora_up(
             [self._rows(y) for y in ys],
             None if residual is None else self._rows(residual),
@@ -159,7 +161,7 @@ def project(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]
 
 def add(residual: torch.Tensor, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``residual + module(x)``, in the pass that ends the module where packed products do."""
-    if getattr(module, "takes_residual", False) and residual.dtype == x.dtype:
+    if getattr(module, "takes_residual", False):
         out: torch.Tensor = module(x, residual)
         return out
     return residual + module(x)

@@ -188,6 +188,9 @@ class MicrobatchGraphs:
     def _shape(self, inputs: Inputs) -> Shape:
         """What a microbatch is padded to."""
         own = inputs.padded_shape()
+        # In no more memory than was planned.
+        tokens = min(own.tokens, self.most_tokens)
+        own = own._replace(tokens=tokens, labels=min(own.labels, tokens))
         self._came[own] += 1
         if own in self._entries or self._came[own] > self._own_graph_after:
             return own
@@ -195,12 +198,11 @@ class MicrobatchGraphs:
         fitting = [
             shape
             for shape in self._entries
-            if inputs.fits(shape) and shape.tokens <= largest.tokens and shape.labels <= largest.labels
+            if inputs.fits(shape) and all(size <= most for size, most in zip(shape, largest, strict=True))
         ]
         if fitting:
             return min(fitting)
-        # With room for those to come, but in no more memory than was planned.
-        roomy = inputs.padded_shape(steps=4)
+        roomy = inputs.padded_shape(steps=4)  # with room for those to come
         return roomy if roomy.tokens <= self.most_tokens else own
 
     def _entry(self, shape: Shape, padded: Inputs) -> _Entry:

@@ -112,7 +112,7 @@ def test_it_learns_what_evaluating_and_saving_cost(planned: tuple[CostModels, Sw
     assert measured is not None
     learn(models, plan, job, measured)
     after = models.time(MEMORY).cost(1)
-    assert after.start == measured.start
+    assert after.start == measured.start + cost.eval_start
     assert after.save_seconds(10**6) == pytest.approx(3 * cost.save_seconds(10**6))
     assert 10_000 * (after.per_eval_token + cost.per_label / 2) == pytest.approx(evaluation)
 
@@ -123,6 +123,9 @@ def test_what_is_compiled_once_is_no_part_of_a_start(planned: tuple[CostModels, 
     measured = finished(plan, Peaks(), [1.0] * 10, 100.0, JobTimes())
     assert measured is not None
     learn(models, plan, job, measured, compiled=False)
+    short = finished(plan, Peaks(), [1.0] * 4, 100.0, JobTimes())
+    assert short is not None
+    learn(models, plan, job, short)  # which tells slow rounds from steady ones
     assert models.time(MEMORY).cost(1).start == models.estimate(MEMORY).cost(1).start
 
 

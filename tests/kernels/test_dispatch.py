@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from plora.kernels import Backend, backend, ops
+from plora.models import compiler
 
 
 def test_compiled_graphs_on_disk_are_of_these_operators():
-    content = Path(ops.__file__).read_bytes()
-    assert hashlib.sha256(content).hexdigest()[:16] in torch.compiler.config.cache_key_tag
+    for module in (ops, compiler):
+        content = Path(module.__file__).read_bytes()
+        assert hashlib.sha256(content).hexdigest()[:16] in torch.compiler.config.cache_key_tag
 
 
 def test_without_a_gpu_the_reference_runs(monkeypatch):

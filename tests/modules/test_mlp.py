@@ -125,6 +125,15 @@ def test_a_residual_rides_along(fused, monkeypatch):
             torch.testing.assert_close(one, other)
 
 
+def test_a_residual_of_another_precision_is_not_rounded():
+    model = Model(HuggingFaceLike())
+    adapters = pack_adapters(model, CONFIGS, dtype=torch.bfloat16)
+    layer, x = model.layers[0], torch.randn(sum(ROWS), DIM)
+    residual = 100 * torch.randn(sum(ROWS), DIM)
+    with adapters.route(ROWS):
+        assert torch.equal(linear.add(residual, layer, x), residual + layer(x))
+
+
 @pytest.mark.parametrize("block", [HuggingFaceLike(nn.GELU()), Clipped(), UpFirst()])
 def test_others_stay_as_they_are(block):
     model, _ = packed(block)

@@ -138,9 +138,10 @@ def test_none_is_padded_beyond_the_budget(base: BaseModel, monkeypatch: pytest.M
     assert graphs is not None
     shapes: list[int] = []
     monkeypatch.setattr(graphs, "_run", lambda entry: shapes.append(len(entry.inputs.tokens)))
-    ragged_run(graphs, [55] * 10)
+    for length, count in ((55, 10), (60, 10), (59, 10)):
+        ragged_run(graphs, [length] * count)
     assert graphs.most_tokens == 600
-    assert shapes == [576]
+    assert shapes == [576, 600, 600]
 
 
 def test_large_models_are_seldom_bound_by_launches() -> None:
