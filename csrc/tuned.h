@@ -15,8 +15,7 @@ struct Tuned {
 
 constexpr Tuned kTuned[] = {
     // 227 KiB an SM: three blocks each, two of grad_hidden and of swiglu's, which hold more sums. Measured on an H100:
-    // four
-    // blocks of down took 5% longer, three of grad_hidden (at 32 ranks a piece) 5%. Walks: see README.md.
+    // four blocks of down took 5% longer, three of grad_hidden (at 32 ranks a piece) 5%. Walks: see README.md.
     {900, 1099, 72, 72, 73, 112, 3, 5, 54, 6, 112, 112, 37, 6},
     // 163 KiB an SM: two blocks each, one of swiglu's. Untested.
     {800, 800, 80, 80, 80, 80, 2, 4, 54, 8, 160, 160, 37, 6},
