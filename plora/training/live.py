@@ -25,6 +25,7 @@ def evaluation_steps(total: int, every: float | None) -> frozenset[int]:
         return frozenset({total})
     if not 0 < every <= 1:
         raise ValueError(f"evaluation every must be above 0 and at most 1, a part of each training, got {every}")
+    every = max(every, 1 / total)  # not more often than after each step
     count = math.floor(1 / every + 1e-9)
     return frozenset({max(1, round(i * every * total)) for i in range(1, count + 1)} | {total})
 
