@@ -317,7 +317,7 @@ def test_scorers_are_asked_for_all_trials_that_are_due(base: BaseModel) -> None:
         (10, 1.0, [10]),
         (10, 0.3, [3, 6, 9, 10]),
         (5, 1e-12, range(1, 6)),
-    ],  # fmt: skip
+    ],
 )
 def test_evaluation_steps(total: int, every: float | None, expected: list[int]) -> None:
     assert evaluation_steps(total, every) == frozenset(expected)
