@@ -125,20 +125,10 @@ class CostModels:
 def _carried_over(measured: StepCost, estimated: StepCost, wanted: StepCost) -> StepCost:
     """``wanted``, an estimate, off by the same factors as the estimate of what was measured.
 
-    But where CUDA graphs were measured, which show no launch floor, they say nothing of the floor without.
+    But where CUDA graphs were measured, which show no launch floor, they say nothing of the floor without. What is no
+    coefficient of a round is as it was measured.
     """
     shown = [name for name in COEFFICIENTS if getattr(estimated, name) and (name != "floor" or measured.floor)]
     factors = {name: getattr(measured, name) / getattr(estimated, name) for name in shown}
-    scaled = {name: getattr(wanted, name) * factor for name, factor in factors.items()}
-    names = (
-        "per_eval_token",
-        "per_generated_token",
-        "per_decode_step",
-        "save",
-        "per_saved_param",
-        "start",
-        "eval_start",
-        "load",
-        "compile",
-    )
-    return replace(wanted, **scaled, **{name: getattr(measured, name) for name in names})
+    scaled = {name: getattr(wanted, name) * factors.get(name, 1.0) for name in COEFFICIENTS}
+    return replace(measured, **scaled, token_step=wanted.token_step, estimated=wanted.estimated)

@@ -26,6 +26,7 @@ from plora.engine.tasks import load_tasks
 from plora.models.base import BaseModel
 from plora.modules.packed import PackedAdapters, pack_adapters
 from plora.planner import PlannedJob
+from plora.planner.preview import counted
 from plora.report.accuracy import Accuracy, Compared, warnings, write_accuracy
 from plora.report.html import write_report
 from plora.report.info import SweepInfo
@@ -236,7 +237,7 @@ class Sweep:
         measured = meter.finish(running.times)
         self._base_took += running.times.base
         if measured is not None:
-            compiling = self._compile_predicted if job is self.planned.plan.jobs[0] else 0.0
+            compiling = 0.0 if self._is_compiled else self._compile_predicted
             self._accuracies.append(compare(job, measured, compiling))
             if self.config.packing.calibrate != "never":
                 learn(self._models, self.planned, job, measured, compiled=self._is_compiled)
@@ -289,7 +290,7 @@ class Sweep:
     def _costs(self) -> dict[str, str]:
         """What the plan was, and where it was off."""
         plan = self.planned.plan
-        found = {"Plan": f"{len(plan.jobs)} job{'s' * (len(plan.jobs) > 1)} by {plan.method}, gap {plan.gap:.1%}"}
+        found = {"Plan": f"{counted(len(plan.jobs), 'job')} by {plan.method}, gap {plan.gap:.1%}"}
         off = warnings(self._accuracies, plan.estimated)
         for line in off:
             log.warning("%s", line)

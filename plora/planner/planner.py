@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 
-from plora.planner.baselines import baselines
 from plora.planner.bounds import lower_bounds
 from plora.planner.check import check_plan
 from plora.planner.greedy import greedy
@@ -16,7 +15,6 @@ from plora.planner.jobs import Draft, Placed, Workshop, makespan, place
 from plora.planner.plan import Plan, plan_jobs_of, replay
 from plora.planner.problem import Problem, check_fits
 from plora.planner.solver import choose_solver
-from plora.profiler.time import TimeModel
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,6 @@ def make_plan(
     gap: float = 0.01,
     seed: int = 0,
     incumbent: Plan | None = None,
-    peft: TimeModel | None = None,
 ) -> Plan:
     """Plan a sweep.
 
@@ -54,7 +51,6 @@ def make_plan(
         gap: relative distance to the lower bound that is good enough.
         seed: of the local search.
         incumbent: a plan for these trials; the answer is never worse than it, as far as it still fits.
-        peft: time model of one eager adapter; with it the plan carries the baselines' makespans.
 
     Raises:
         ValueError: for a trial that fits nowhere, an unknown or missing solver, or an incumbent that does not match.
@@ -90,7 +86,6 @@ def make_plan(
         lower_bound=bounds.best,
         bound_reason=bounds.reason,
         jobs=plan_jobs_of(problem, placed),
-        baselines=baselines(problem, peft) if peft is not None else {},
         candidates={name: makespan(answer) for name, answer in sorted(answers.items())},
     )
 

@@ -20,6 +20,8 @@ from plora.profiler.time import StepCost
 # off on one round, and more where rounds are noisy: then they say little of single coefficients.
 PRIOR_WEIGHT = 1e-4
 NOISE_WEIGHT = 3.0
+# Tokens of a microbatch up to which a round shows what it takes however few there are.
+SMALL_TOKENS = 512
 # A coefficient that the prior takes for nothing may yet explain this part of a round.
 SHARE = 0.1
 # The same, for each measured peak, for the memory model's factor being off by one and for what libraries hold being off
@@ -99,7 +101,7 @@ def _mean(group: Sequence[RoundSample]) -> RoundSample:
     )
 
 
-def fit_time(samples: Sequence[RoundSample], prior: StepCost, *, has_floor: bool = True) -> StepCost:
+def fit_time(samples: Sequence[RoundSample], prior: StepCost, *, graphs: bool = False) -> StepCost:
     """Fit a round's coefficients, none negative.
 
     The least sum of squared relative errors, and of squared relative distances from the prior times ``PRIOR_WEIGHT``,
@@ -112,8 +114,8 @@ def fit_time(samples: Sequence[RoundSample], prior: StepCost, *, has_floor: bool
         samples: measured rounds; of several sizes, ranks and numbers of adapters to tell coefficients apart, and at
             least one of them so small that it shows the launch floor.
         prior: where to start; gives what rounds cannot show (start-up, saving) as it is.
-        has_floor: whether the host may be what small rounds wait for. Not where CUDA graphs launch them: there a small
-            round's time still grows with it, and a floor that a fit finds is wrong for others.
+        graphs: whether CUDA graphs launch small rounds. Their time still grows with them, and a floor that a fit finds
+            is wrong for others; but weights must be read all the same, so that there is none small rounds have to show.
 
     Raises:
         ValueError: without samples.
@@ -121,7 +123,7 @@ def fit_time(samples: Sequence[RoundSample], prior: StepCost, *, has_floor: bool
     if not samples:
         raise ValueError("no measured rounds to calibrate the time model with: measure at least one")
     scaled = rescale(samples, prior)
-    if not has_floor:
+    if graphs and min(sample.tokens / sample.microbatches for sample in samples) <= SMALL_TOKENS:
         scaled = replace(scaled, floor=0.0)
     first = _fit(samples, scaled, PRIOR_WEIGHT, prior.per_param)
     noise = relative_error(samples, first) ** 2 * len(samples) / max(1, len(samples) - len(COEFFICIENTS) // 2)

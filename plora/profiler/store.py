@@ -19,8 +19,6 @@ from plora.profiler.memory import MemoryModel, Saved
 from plora.profiler.time import StepCost, TimeModel
 
 PROFILE_VERSION = 4
-# Tokens of a microbatch up to which a round shows what it takes however few there are.
-SMALL_TOKENS = 512
 # Measurements kept: the newest of each kind.
 MOST_ROUNDS = 64
 MOST_PEAKS = 32
@@ -116,11 +114,7 @@ def fit_profile(
     rounds = [*(before.rounds if before else ()), *typical(rounds)][-MOST_ROUNDS:]
     peaks = [*(before.peaks if before else ()), *peaks][-MOST_PEAKS:]
     known: dict[str, Any] = {**(before.extras if before else {}), **(extras or {})}
-    # Graphs launch at once, but weights must be read all the same: that it takes no floor, small rounds have to show.
-    has_floor = (
-        not memory.graph_tokens or min((each.tokens / each.microbatches for each in rounds), default=0.0) > SMALL_TOKENS
-    )
-    cost = replace(fit_time(rounds, prior, has_floor=has_floor), estimated=False, **known)
+    cost = replace(fit_time(rounds, prior, graphs=memory.graph_tokens > 0), estimated=False, **known)
     saved = fit_memory(memory, peaks).calibration if peaks else Saved()
     return Profile(key, {1: cost}, saved, date, tuple(rounds), tuple(peaks), known)
 

@@ -17,7 +17,7 @@ from tests.planner.instances import grid, load, problem
 def plan():
     given_problem = problem(grid(24), count=4)
     peft = one_at_a_time(given_problem.time, given_problem.memory, GPUS["a10"])
-    return make_plan(given_problem, time_limit=2, peft=peft)
+    return replace(make_plan(given_problem, time_limit=2), baselines=baselines(given_problem, peft))
 
 
 def test_the_text_shows_every_job_device_and_total(plan):

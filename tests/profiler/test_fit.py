@@ -97,7 +97,7 @@ def test_where_graphs_launch_small_rounds_there_is_no_floor():
         draw = random.Random(3)
         return [replace(s, seconds=s.predicted(truth) * draw.lognormvariate(0, noise)) for s in samples]
 
-    cost = fit_time(timed(_rounds(15, 0.0, 2), 0.03), PRIOR, has_floor=False)
+    cost = fit_time(timed(_rounds(15, 0.0, 2), 0.03), PRIOR, graphs=True)
     assert cost.floor == 0.0
     assert relative_error(timed(_rounds(60, 0.0, 102), 0.0), cost) < 0.05
     assert PRIOR.floor > 0
