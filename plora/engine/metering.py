@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from plora.training.records import JobTimes, RoundRecord
 # A job's first rounds compile what is new; one that takes this much longer than is usual for its work is one of them.
 _SLOW = 1.5
 _FIRST = 5
+# What is usual for one say so many steady rounds of fewer tokens, and as many of more.
+_ALIKE = 3
 # Rounds that a profile learns from: the first of a job, and its last.
 _LEARNED = 40
 # Seconds below which evaluating and saving say nothing of the next time.
@@ -32,11 +35,11 @@ class MeasuredJob:
 
     Args:
         seconds: from packing its adapters to its last trial's end, evaluation of the base left out.
-        start: what came before its first round, and what its first rounds took longer than usual.
-        round_seconds: median of the rounds before the first trial left, slow first ones left out.
+        start: what came before its first round, and what rounds that compiled or prepared something took longer.
+        round_seconds: median of the rounds before the first trial left, those left out.
         evaluation: spent on scores.
         saving: spent on writing states.
-        rounds: steady rounds.
+        rounds: the others, steady ones.
         largest: tokens of its largest microbatch.
         labels: how many of those are labelled.
         allocated: peak bytes of live tensors; None where unknown.
@@ -98,15 +101,15 @@ class JobMeter(Listener):
         )
 
 
-def compare(job: PlannedJob, measured: MeasuredJob, compiling: float = 0.0) -> Accuracy:
-    """A job's predictions beside what it took; ``compiling`` is predicted for the first job of a process."""
+def compare(job: PlannedJob, measured: MeasuredJob, more: float = 0.0) -> Accuracy:
+    """A job's predictions beside what it took; ``more`` is predicted beside what it was planned with."""
     return Accuracy(
         f"job {job.number}",
         (
             Compared("memory, live tensors", job.allocated_bytes, measured.allocated, "bytes"),
             Compared("memory, with the allocator's share", job.memory_bytes, measured.reserved, "bytes", is_limit=True),
             Compared("step", job.round_seconds, measured.round_seconds, "s"),
-            Compared("whole job", job.seconds + compiling, measured.seconds, "s"),
+            Compared("whole job", job.seconds + more, measured.seconds, "s"),
         ),
     )
 
@@ -169,16 +172,27 @@ def _extras(planned: SweepPlan, job: PlannedJob, measured: MeasuredJob) -> dict[
 
 
 def _steady(records: Sequence[RoundRecord]) -> tuple[list[RoundRecord], float]:
-    """The rounds without the slow ones among the first, and the seconds these took more than is usual."""
+    """The rounds without those that compiled or prepared something, and the seconds these took more than is usual."""
+    if len(records) <= _FIRST:
+        return list(records), 0.0
     usual = statistics.median(record.seconds / record.tokens for record in records)
-    steady, excess = [], 0.0
-    for record in records:
-        expected = usual * record.tokens
-        if len(records) > _FIRST and record.index <= _FIRST and record.seconds > _SLOW * expected:
-            excess += record.seconds - expected
-        else:
-            steady.append(record)
-    return steady, excess
+    odd = [
+        record
+        for record in records
+        if record.set_up or (record.index <= _FIRST and record.seconds > _SLOW * usual * record.tokens)
+    ]
+    steady = [record for record in records if record not in odd]
+    if len(steady) < _FIRST:
+        return list(records), 0.0
+    by_tokens = sorted(steady, key=lambda record: record.tokens)
+
+    def alike(tokens: int) -> float:
+        """Seconds of a steady round of about so many tokens."""
+        after = bisect_left(by_tokens, tokens, key=lambda record: record.tokens)
+        near = by_tokens[max(0, after - _ALIKE) : after + _ALIKE]
+        return tokens * statistics.median(record.seconds / record.tokens for record in near)
+
+    return steady, sum(max(0.0, record.seconds - alike(record.tokens)) for record in odd)
 
 
 def _sample(record: RoundRecord) -> RoundSample:

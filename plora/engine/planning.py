@@ -191,9 +191,9 @@ def loads_of(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Task]) ->
 
 
 def base_seconds(tasks: Mapping[str, Task], cost: StepCost) -> float:
-    """Predicted seconds of evaluating the base once per data set."""
+    """Predicted seconds of evaluating the base once per data set, the first evaluation of a job included."""
     distinct = {id(task): task for task in tasks.values()}.values()
-    return sum(
+    return cost.eval_start + sum(
         cost.eval_seconds(sum(map(len, task.val)), sum(example.n_labels for example in task.val)) for task in distinct
     )
 

@@ -237,8 +237,10 @@ class Sweep:
         measured = meter.finish(running.times)
         self._base_took += running.times.base
         if measured is not None:
-            compiling = 0.0 if self._is_compiled else self._compile_predicted
-            self._accuracies.append(compare(job, measured, compiling))
+            more = 0.0 if self._is_compiled else self._compile_predicted
+            if running.times.base:  # which paid for the first evaluation
+                more -= self.planned.cost.eval_start
+            self._accuracies.append(compare(job, measured, more))
             if self.config.packing.calibrate != "never":
                 learn(self._models, self.planned, job, measured, compiled=self._is_compiled)
         self._is_compiled = True
@@ -257,7 +259,7 @@ class Sweep:
     def _whole(self, training: float, scoring: float) -> Accuracy:
         """The sweep's predictions beside what it took; a calibration is no part of either."""
         plan, cost = self.planned.plan, self.planned.cost
-        jobs = plan.makespan - plan.load_seconds + self._compile_predicted
+        jobs = plan.makespan - plan.load_seconds + self._compile_predicted - (cost.eval_start if self._base_took else 0)
         base, scores = base_seconds(self.tasks, cost), scoring_seconds(self.config, self.tasks, cost)
         took = self._load_took + training + scoring
         return Accuracy(

@@ -12,7 +12,7 @@ Shapes: ``K`` slots, ``T`` packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -219,7 +219,7 @@ class DeviceTables:
         Args:
             tables: of the microbatch.
             at_least: counts that the lists are filled up to with unused records. Launches depend on the counts alone,
-                so what was captured with some serves all that need no more. Given any, counts are rounded up coarsely.
+                so what was captured with some serves all that need no more. What needs more gets room to spare.
                 Default: as few records as will do.
         """
         # One block for all rows of an adapter adds in a fixed order.
@@ -272,34 +272,63 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _counts(tiles: Sequence[PieceList], runs: Sequence[PieceList], walks: PieceList, at_least: Counts | None) -> Counts:
     """Counts of the lists, no less than ``at_least``; see ``DeviceTables.update``."""
-    room = _rounded if at_least is None else _coarsely_rounded
-    least = at_least or NO_COUNTS
-    wide_runs, wide_walks = max(room(runs[0].wide), least.wide_runs), max(room(walks.wide), least.wide_walks)
-    needed = Counts(
+    if at_least is None:
+        return _needed(tiles, runs, walks, _rounded, coarse)
+    needed, counts = _needed(tiles, runs, walks, int, int), at_least
+    if not _serves(at_least, needed):
+        # Similar ones come with more: what was captured with just enough would soon be captured again.
+        roomy = _needed(tiles, runs, walks, _with_room, _with_room)
+        most = Counts.of([max(pair) for pair in zip(roomy.flat(), at_least.flat(), strict=True)])
+        narrow_runs, narrow_walks = (max(pair) for pair in zip(_narrow(roomy), _narrow(at_least), strict=True))
+        counts = most._replace(
+            runs=(most.wide_runs + narrow_runs, *most.runs[1:]), walks=most.wide_walks + narrow_walks
+        )
+    # The shares bound how many blocks a launch has; a piece that asks for more makes do with those.
+    shares = zip(at_least.shares, needed.shares, strict=True)
+    return counts._replace(shares=tuple(known if 2 * known >= own else own for known, own in shares))
+
+
+def _needed(
+    tiles: Sequence[PieceList],
+    runs: Sequence[PieceList],
+    walks: PieceList,
+    room: Callable[[int], int],
+    blocks: Callable[[int], int],
+) -> Counts:
+    """What the lists need: counts of records rounded up by ``room``, of workspace by ``blocks``."""
+    wide_runs, wide_walks = room(runs[0].wide), room(walks.wide)
+    return Counts(
         tiles=tuple(room(len(each.records)) for each in tiles),
         runs=(
             wide_runs + room(len(runs[0].records) - runs[0].wide),
             *(room(len(each.records)) for each in runs[1:]),
         ),
-        tile_blocks=tuple(coarse(each.blocks) for each in tiles),
+        tile_blocks=tuple(blocks(each.blocks) for each in tiles),
         shares=tuple(coarse(each.most_share) for each in tiles),
         walks=wide_walks + room(len(walks.records) - walks.wide),
-        other_blocks=coarse(max(runs[0].blocks, walks.blocks)),
+        other_blocks=blocks(max(runs[0].blocks, walks.blocks)),
         wide_runs=wide_runs,
         wide_walks=wide_walks,
     )
-    counts = Counts.of([max(pair) for pair in zip(needed.flat(), least.flat(), strict=True)])
-    # The shares bound how many blocks a launch has; a piece that asks for more makes do with those.
-    shares = zip(least.shares, needed.shares, strict=True)
-    return counts._replace(shares=tuple(known if 2 * known >= own else own for known, own in shares))
+
+
+def _serves(counts: Counts, needed: Counts) -> bool:
+    """Whether lists of these counts have room for what is needed, whatever the shares."""
+    pairs = zip(counts._replace(shares=()).flat(), needed._replace(shares=()).flat(), strict=True)
+    return all(has >= needs for has, needs in (*pairs, *zip(_narrow(counts), _narrow(needed), strict=True)))
+
+
+def _narrow(counts: Counts) -> tuple[int, int]:
+    """Records of runs and of walks, of one linear, behind those for wide pieces."""
+    return counts.runs[0] - counts.wide_runs, counts.walks - counts.wide_walks
 
 
 def _rounded(count: int) -> int:
     return -(-count // _COUNT_STEP) * _COUNT_STEP
 
 
-def _coarsely_rounded(count: int) -> int:
-    return _rounded(coarse(count))
+def _with_room(count: int) -> int:
+    return _rounded(coarse(count + count // 4))
 
 
 def coarse(number: int, steps: int = 8) -> int:

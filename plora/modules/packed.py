@@ -187,8 +187,8 @@ class PackedAdapters(nn.Module):
                 keys its dropout mask. Default: rows counted from the adapter's first one.
             steps: the step of each slot, which keys its dropout mask. Default: a count of routes.
             dropout: whether dropout is on. Default: whether the model is in training mode.
-            work_counts: see the property of this name. Given any, launches get room to spare, at least as much as these
-                say, so that what was captured under one route serves similar ones.
+            work_counts: see the property of this name. Launches get at least as much room as these say, and a good deal
+                more where that does not do, so that what was captured under one route serves similar ones.
 
         Raises:
             ValueError: if a row count is negative, or not zero for an empty slot.

@@ -34,10 +34,11 @@ log = logging.getLogger(__name__)
 _LAUNCH_BOUND = 2e12
 _MOST_TOKENS = 16384
 _MOST_GRAPHS = 32
-# To run a shape for the first time and to capture it takes as long as dozens of replays: a microbatch rather is padded
-# further, by a quarter or so many tokens, to a shape that is there. One that keeps coming is worth a graph of its own.
-_OWN_GRAPH_AFTER = 16
-_MORE_TOKENS = 256
+# To run a shape for the first time and to capture it, the host launches everything twice. So a microbatch rather is
+# padded to a shape that is there, until that has cost as much.
+_GRAPH_LAUNCHES = 2
+# The most that one is padded, beyond its own shape: a part of its tokens and as many of its labels, and some.
+_MORE, _MORE_ROWS = 0.4, 256
 
 
 def launch_bound_tokens(spec: ModelSpec) -> int:
@@ -62,7 +63,7 @@ def small_microbatches(
     *,
     token_budget: int | None = None,
     compile_loss: bool = False,
-    own_graph_after: int = _OWN_GRAPH_AFTER,
+    graph_cost: int | None = None,
 ) -> MicrobatchGraphs | None:
     """What runs the small ones among a job's microbatches; None where the CUDA kernels do not run.
 
@@ -75,7 +76,7 @@ def small_microbatches(
         most_tokens = min(most_tokens, token_budget)
     if not most_tokens or packed.work_counts is None:
         return None
-    return MicrobatchGraphs(base, packed, most_tokens, compile_loss=compile_loss, own_graph_after=own_graph_after)
+    return MicrobatchGraphs(base, packed, most_tokens, compile_loss=compile_loss, graph_cost=graph_cost)
 
 
 def differentiate(
@@ -126,7 +127,8 @@ class MicrobatchGraphs:
         packed: the adapters on it. Graphs need the CUDA kernels; without them shapes are padded and nothing captured.
         most_tokens: of the microbatches taken.
         compile_loss: see `backward_cross_entropy`.
-        own_graph_after: times that a shape comes before it gets a graph of its own; until then others serve.
+        graph_cost: tokens that take as long as making a graph: when larger shapes have served for one of fewer tokens
+            at that price, it gets a graph of its own. 0 for one for each shape. Default: what suits the model.
     """
 
     def __init__(
@@ -136,12 +138,13 @@ class MicrobatchGraphs:
         most_tokens: int,
         *,
         compile_loss: bool = False,
-        own_graph_after: int = _OWN_GRAPH_AFTER,
+        graph_cost: int | None = None,
     ) -> None:
         self.base, self.packed, self.most_tokens, self.compile_loss = base, packed, most_tokens, compile_loss
-        self._own_graph_after = own_graph_after
-        self._came: Counter[Shape] = Counter()
+        self._graph_cost = _GRAPH_LAUNCHES * launch_bound_tokens(base.spec) if graph_cost is None else graph_cost
+        self._wasted: Counter[int] = Counter()  # tokens, by how many would have been enough
         self.padding = 0  # tokens computed that belong to no sequence
+        self.set_up = 0  # microbatches that were not just replayed
         self._entries: OrderedDict[Shape, _Entry] = OrderedDict()
         self._captures = packed.work_counts is not None
         self._pool: Any = None
@@ -191,19 +194,18 @@ class MicrobatchGraphs:
         # In no more memory than was planned.
         tokens = min(own.tokens, self.most_tokens)
         own = own._replace(tokens=tokens, labels=min(own.labels, tokens))
-        self._came[own] += 1
-        if own in self._entries or self._came[own] > self._own_graph_after:
+        if own in self._entries or not self._graph_cost:
             return own
-        largest = Shape(*(size + max(size // 4, _MORE_TOKENS) for size in own))
-        fitting = [
-            shape
-            for shape in self._entries
-            if inputs.fits(shape) and all(size <= most for size, most in zip(shape, largest, strict=True))
-        ]
-        if fitting:
-            return min(fitting)
-        roomy = inputs.padded_shape(steps=4)  # with room for those to come
-        return roomy if roomy.tokens <= self.most_tokens else own
+        roomy = inputs.roomy_shape()
+        serving = min((shape for shape in self._entries if _serves(shape, own) and inputs.fits(shape)), default=None)
+        if serving is None:
+            return roomy if roomy.tokens <= self.most_tokens else own
+        self._wasted[own.tokens] += serving.tokens - own.tokens
+        tight = roomy._replace(tokens=own.tokens, labels=min(roomy.labels, own.tokens))
+        if self._wasted[own.tokens] <= self._graph_cost or not inputs.fits(tight):
+            return serving
+        del self._wasted[own.tokens]
+        return tight
 
     def _entry(self, shape: Shape, padded: Inputs) -> _Entry:
         """That of a shape, with these inputs."""
@@ -220,12 +222,14 @@ class MicrobatchGraphs:
         key, counts = self.packed.launch_key, self.packed.work_counts
         known = self._captures and entry.key == key
         if known and (entry.graph is None or entry.counts != counts):
+            self.set_up += 1
             self._capture(entry)
         elif not known:
             entry.graph = entry.losses = None
         entry.key, entry.counts = key, counts or NO_COUNTS
         if entry.graph is None or entry.losses is None:
             # Also what has not run yet: a capture must meet nothing that is compiled or loaded on first use.
+            self.set_up += not known
             return self._differentiate(entry)
         entry.graph.replay()
         return entry.losses
@@ -256,3 +260,9 @@ class MicrobatchGraphs:
             self.most_tokens = 0
             self._entries.clear()
             log.warning("small microbatches run without CUDA graphs: %s", str(error).splitlines()[0])
+
+
+def _serves(shape: Shape, own: Shape) -> bool:
+    """Whether to pad to ``shape`` what ``own`` would be enough for is not too wasteful."""
+    rows = ((shape.tokens, own.tokens), (shape.labels, own.labels))
+    return all(count <= (1 + _MORE) * least + _MORE_ROWS for count, least in rows)

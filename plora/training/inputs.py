@@ -20,6 +20,8 @@ from plora.models.attention import PackedSequences
 
 # Tokens and labelled rows are padded to whole ones of these, lists of sequences to these.
 _ROWS, _SEQUENCES = 64, 8
+# What a shape with room takes sequences of; shorter ones cost attention a few empty blocks.
+_LONG = 512
 
 
 class Shape(NamedTuple):
@@ -122,18 +124,26 @@ class Inputs:
             max_len=shape.max_len,
         )
 
-    def padded_shape(self, steps: int = 8) -> Shape:
-        """The shape that these fit into, among so many an octave."""
-        tokens = _whole(coarse(len(self.tokens), steps), _ROWS)
+    def padded_shape(self) -> Shape:
+        """The shape that these fit into, among eight an octave."""
         max_len = 1 << (self.max_len - 1).bit_length()
-        labels = min(tokens, _whole(coarse(len(self.rows), steps), _ROWS))
-        return Shape(tokens, _whole(coarse(self._sequences_at(tokens, max_len), steps), _SEQUENCES), labels, max_len)
+        return self._shape(coarse(len(self.tokens)), coarse(len(self.rows)), max_len)
+
+    def roomy_shape(self) -> Shape:
+        """One that similar microbatches fit into too: a fifth more of everything, and longer sequences."""
+        tokens, labels = (coarse(count + count // 5) for count in (len(self.tokens), len(self.rows)))
+        return self._shape(tokens, labels, max(_LONG, 1 << (self.max_len - 1).bit_length()), room=1.5)
 
     def fits(self, shape: Shape) -> bool:
         """Whether these can be padded to a shape."""
         tokens, labels = len(self.tokens) <= shape.tokens, len(self.rows) <= shape.labels
         lengths = self.max_len <= shape.max_len
         return tokens and labels and lengths and self._sequences_at(shape.tokens, shape.max_len) <= shape.sequences
+
+    def _shape(self, tokens: int, labels: int, max_len: int, room: float = 1.0) -> Shape:
+        tokens = _whole(tokens, _ROWS)
+        sequences = coarse(int(room * self._sequences_at(tokens, max_len)))
+        return Shape(tokens, _whole(sequences, _SEQUENCES), min(tokens, _whole(labels, _ROWS)), max_len)
 
     def _sequences_at(self, tokens: int, max_len: int) -> int:
         """Sequences, those that padding to so many tokens adds included."""

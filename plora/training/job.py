@@ -182,7 +182,8 @@ class PackJob:
         counts = {slot: sum(len(example) for example in batch) for slot, batch in batches.items()}
         work = work_of(self.packed, batches)
         done = {each.slot: each.step for each in live}
-        padding = self._graphs.padding if self._graphs else 0
+        graphs = self._graphs
+        padding, set_up = (graphs.padding, graphs.set_up) if graphs else (0, 0)
         losses, n_microbatches = self.budget.run(
             lambda tokens: batch_gradients(
                 self.base,
@@ -192,11 +193,11 @@ class PackJob:
                 tokens,
                 compile_loss=self._compile_loss,
                 zero_grad=self.optimizer.zero_grad_,
-                graphs=self._graphs,
+                graphs=graphs,
             ),
             smallest=max(len(example) for batch in batches.values() for example in batch),
         )
-        padding = self._graphs.padding - padding if self._graphs else 0
+        padding, set_up = (graphs.padding - padding, graphs.set_up - set_up) if graphs else (0, 0)
         outcome = self.optimizer.step(rates, losses)
         readback.send(torch.stack((losses, outcome.grad_norm, outcome.skipped)))
         steps = []
@@ -208,6 +209,7 @@ class PackJob:
         record = RoundRecord(
             self._rounds, work["tokens"], padding, n_microbatches, 0.0, len(live), self._tokens_left(),
             token_rank=work["token_rank"], labels=work["labels"], squares=work["squares"], params=work["params"],
+            set_up=set_up,
         )  # fmt: skip
         return _Round(record, steps, readback)
 

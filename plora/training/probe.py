@@ -93,9 +93,7 @@ class PackProbe:
         if self._compiled:
             base.compile_layers()
         # Each round is measured at its own shape, as most of a long job's are replayed.
-        self._graphs = small_microbatches(
-            base, self.packed, graph_tokens, compile_loss=self._compiled, own_graph_after=0
-        )
+        self._graphs = small_microbatches(base, self.packed, graph_tokens, compile_loss=self._compiled, graph_cost=0)
         self._random = np.random.default_rng(0)
         self.pack_seconds = time.perf_counter() - began
 

@@ -104,6 +104,7 @@ class RoundRecord:
         labels: labelled tokens.
         squares: squared lengths of the sequences, summed.
         params: parameters of the trials' adapters.
+        set_up: microbatches for which a CUDA graph was prepared, which takes far longer than to replay it.
     """
 
     index: int
@@ -117,6 +118,7 @@ class RoundRecord:
     labels: int = 0
     squares: int = 0
     params: int = 0
+    set_up: int = 0
 
 
 @dataclass

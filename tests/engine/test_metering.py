@@ -49,11 +49,11 @@ def record(index: int, seconds: float, tokens: int = 1200) -> RoundRecord:
     return RoundRecord(index, tokens, 0, 1, seconds, 2, 0, 8 * tokens, tokens // 2, 50 * tokens, 10**6)
 
 
-def finished(planned: SweepPlan, peaks: Peaks, seconds: list[float], total: float, times: JobTimes):
+def finished(planned: SweepPlan, peaks: Peaks, seconds: list[float], total: float, times: JobTimes, set_up=()):
     clock = Clock()
     meter = JobMeter(planned.plan.jobs[0], peaks, clock)  # type: ignore[arg-type]
     for index, each in enumerate(seconds, start=1):
-        meter.on_round(record(index, each))
+        meter.on_round(replace(record(index, each), set_up=int(index in set_up)))
     clock.now = total
     return meter.finish(times)
 
@@ -69,6 +69,17 @@ def test_a_job_is_taken_apart(planned: tuple[CostModels, SweepPlan]) -> None:
     assert measured.start == pytest.approx(47 - sum(seconds) - 6 + 8 + 1)
     assert len(measured.rounds) == 28
     assert (measured.largest, measured.labels) == (1200, 600)
+
+
+def test_rounds_that_prepare_graphs_count_as_starting(planned: tuple[CostModels, SweepPlan]) -> None:
+    seconds = 10 * [1.0] + [1.4] + 9 * [1.0]
+    measured = finished(planned[1], Peaks(), seconds, 25.0, JobTimes(), set_up=(11,))
+    assert measured is not None
+    assert len(measured.rounds) == 19
+    assert measured.start == pytest.approx(25 - sum(seconds) + 0.4)
+    short = finished(planned[1], Peaks(), [1.0, 3.0, 1.0], 5.0, JobTimes(), set_up=(2,))
+    assert short is not None
+    assert len(short.rounds) == 3
 
 
 def test_it_is_compared_with_its_prediction(planned: tuple[CostModels, SweepPlan]) -> None:

@@ -11,6 +11,7 @@ from plora.kernels.schedule import (
     FUSED_RANKS,
     MAX_GROUP_SPLITS,
     MAX_SPLITS,
+    NO_COUNTS,
     RUN_RANKS,
     RUN_ROWS,
     SCRATCH_BLOCK,
@@ -170,6 +171,17 @@ def test_counts_of_another_microbatch_are_kept_where_it_needs_no_more():
     device.update(large, plain.counts)
     assert all(mine >= theirs for mine, theirs in zip(device.counts.flat(), plain.counts.flat(), strict=True))
     assert device.counts != plain.counts
+
+
+def test_counts_of_one_ragged_microbatch_serve_those_like_it():
+    generator, device, changes = np.random.default_rng(0), DeviceTables(torch.device("cpu")), 0
+    counts = NO_COUNTS
+    for _ in range(60):
+        ragged = [int(n) * int(n > 0) for n in generator.normal(400, 120, len(COUNTS))]
+        device.update(tables(counts=ragged, base=100), counts)
+        changes += device.counts != counts
+        counts = device.counts
+    assert changes <= 3
 
 
 def used(work, which, members):
