@@ -39,7 +39,11 @@ from providers import BmmAdapters, TorchtuneLoRA, peft_model
 from records import Records
 
 STANDARD_MIX = [8] * 16 + [16] * 8 + [32] * 4 + [64] * 2 + [128] * 2
-PEFT_SHAPES = [(1, 128), (4, 128), (1, 1024)]
+# By default peft keeps adapters in fp32, as plora does, and computes with them in fp32 too.
+PEFT_FORMS = [
+    ("peft as shipped, one adapter", True, [(1, 128), (1, 1024)]),
+    ("peft in bf16, one adapter", False, [(1, 128), (4, 128), (1, 1024)]),
+]
 STANDARD_CASE = "64x128:standard"
 
 
@@ -270,24 +274,32 @@ def bmm(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
 
 def peft_one_at_a_time(records: Records, case: Case, repeats: int) -> None:
     """One adapter of rank 16 by peft on the Hugging Face model, as people train today."""
-    model = peft_model(preset_config(case.model), rank=16)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    for batch, length in PEFT_SHAPES:
-        with fresh_memory():
-            tokens = torch.randint(model.config.vocab_size, (batch, length), device="cuda")
+    for name, fp32, shapes in PEFT_FORMS:
+        model = peft_model(preset_config(case.model), 16, fp32=fp32)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        for batch, length in shapes:
+            with fresh_memory():
+                tokens = torch.randint(model.config.vocab_size, (batch, length), device="cuda")
 
-            def forward_backward(tokens: torch.Tensor = tokens) -> None:
-                optimizer.zero_grad()
-                model(input_ids=tokens, labels=tokens).loss.backward()
+                def forward_backward(
+                    tokens: torch.Tensor = tokens,
+                    model: torch.nn.Module = model,
+                    optimizer: torch.optim.Optimizer = optimizer,
+                ) -> None:
+                    optimizer.zero_grad()
+                    model(input_ids=tokens, labels=tokens).loss.backward()
 
-            def step(run: Callable[[], None] = forward_backward) -> None:
-                run()
-                optimizer.step()
+                def step(
+                    run: Callable[[], None] = forward_backward, optimizer: torch.optim.Optimizer = optimizer
+                ) -> None:
+                    run()
+                    optimizer.step()
 
-            provider = f"peft, one adapter, {batch}x{length}"
-            measure(
-                records, case.name, provider, batch * length, forward_backward, step, repeats, "rank 16, eager, sdpa"
-            )
+                provider, note = f"{name}, {batch}x{length}", "rank 16, eager, sdpa"
+                measure(records, case.name, provider, batch * length, forward_backward, step, repeats, note)
+        del model, optimizer, forward_backward, step
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def torchtune_one_at_a_time(records: Records, case: Case, repeats: int) -> None:

@@ -127,8 +127,11 @@ class TorchtuneLoRA:
         loss.backward()
 
 
-def peft_model(config: Mapping[str, Any], rank: int) -> nn.Module:
-    """A Hugging Face model of this configuration with random bf16 weights and one peft adapter, on the GPU."""
+def peft_model(config: Mapping[str, Any], rank: int, *, fp32: bool) -> nn.Module:
+    """A Hugging Face model of this configuration with random bf16 weights and one peft adapter, on the GPU.
+
+    ``fp32`` adapters are peft's default, and computed in fp32.
+    """
     import peft
     import transformers
 
@@ -140,4 +143,4 @@ def peft_model(config: Mapping[str, Any], rank: int) -> nn.Module:
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears, task_type="CAUSAL_LM")
     model.gradient_checkpointing_disable()
-    return peft.get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    return peft.get_peft_model(model, lora, autocast_adapter_dtype=fp32).train()
