@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from plora.engine.costs import CostModels
 from plora.models.base import BaseModel
+from plora.modules.config import computed_rank
 from plora.profiler import (
     CalibrationRound,
     MemoryModel,
@@ -37,6 +39,9 @@ PAYS = 20.0
 _FIXED_SECONDS = 2.0
 # Runs of each round where layers are compiled, and without.
 _REPEATS = {"cuda": 3, "cpu": 1}
+# Seconds of full rounds, once layers are compiled, before the others are measured: a GPU that has idled clocks higher
+# than in a sweep (on an H100 full rounds took 6% longer when they were measured again later).
+_WARM_SECONDS = {"cuda": 5.0, "cpu": 0.0}
 _ROWS, _NEW_TOKENS = 16, 8
 _LEAST_BYTES = 256 * MIB
 
@@ -166,9 +171,12 @@ def run_rounds(
     probe: PackProbe, rounds: Iterable[CalibrationRound], repeats: int, most_seconds: float
 ) -> list[MeasuredRound]:
     """Measure the rounds until they are through, ``most_seconds`` are up or memory is."""
-    began, found = time.perf_counter(), []
+    began = time.perf_counter()
+    found: list[MeasuredRound] = []
     try:
         for each in rounds:
+            if len(found) == 1:
+                probe.keep_busy(each.lengths, each.token_budget, _WARM_SECONDS[probe.base.device.type])
             found.append(probe.round(each.lengths, each.token_budget, labelled=each.labelled, repeats=repeats))
             if time.perf_counter() - began > most_seconds:
                 break
@@ -230,7 +238,11 @@ def _extras(
         few, many = (probe.generation(rows, 16, _NEW_TOKENS) / _NEW_TOKENS for rows in (1, _ROWS))
         per_row = max(0.0, many - few) / (_ROWS - 1)
         generation = {"per_generated_token": per_row, "per_decode_step": max(0.0, few - per_row)}
+    graphs = [each.warmup_seconds for each in found if each.microbatches * probe.graph_tokens >= each.tokens]
+    # A round is warmed up by three runs, one of them without a graph.
+    per_graph = 2 / 3 * statistics.median(graphs) if graphs else 0.0
     return {
+        "per_graph": per_graph,
         "per_eval_token": evaluation / tokens,
         "save": max(0.0, seconds[small] - params[small] * per_saved),
         "per_saved_param": per_saved,
@@ -244,7 +256,7 @@ def _predicted(memory: MemoryModel, cost: StepCost, ranks: Sequence[int], each: 
     used = [(rank, own) for rank, own in zip(ranks, each.lengths, strict=True) if own]
     return cost.round_seconds(
         each.tokens,
-        sum(rank * sum(own) for rank, own in used),
+        sum(computed_rank(rank) * sum(own) for rank, own in used),
         len(used),
         sum(memory.adapter_params(rank) for rank, _ in used),
         -(-each.tokens // each.token_budget),

@@ -36,6 +36,9 @@ _COLUMN_COST = 48
 RUN_ROWS = 512
 # Unused records, at the end of a list or of its wide pieces, cost a launched block each, new lengths a CUDA graph.
 _COUNT_STEP = 8
+# Entries that a list or workspace has at least, used or not: compiled layers would be compiled anew for 0 or 1, as where
+# the base is evaluated alone.
+_LEAST = 8
 
 
 @dataclass(frozen=True)
@@ -206,12 +209,11 @@ class DeviceTables:
     def __init__(self, device: torch.device) -> None:
         self._counts = NO_COUNTS
         self._numbers = torch.tensor(self._counts.flat())
-        self._tiles = self._records(0, device)
-        self._runs = self._records(0, device)
-        self._walks = self._records(0, device)
-        self._partials = torch.zeros(0, device=device)
-        self._sums = torch.zeros(0, device=device)
-        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        self._tiles, self._runs, self._walks = (
+            torch.zeros(_LEAST, PIECE_WORDS, dtype=torch.int32, device=device) for _ in range(3)
+        )
+        self._partials, self._sums = (torch.zeros(_LEAST, device=device) for _ in range(2))
+        self._counters = torch.zeros(_LEAST, dtype=torch.int32, device=device)
 
     def update(self, tables: Tables, at_least: Counts | None = None) -> None:
         """Make the lists for ``tables``; small copies that do not wait for the device.
@@ -244,7 +246,7 @@ class DeviceTables:
     def release_workspace(self) -> None:
         """Give back what the largest microbatch so far has made the workspace grow to."""
         self._partials, self._sums, self._counters = (
-            tensor.new_zeros(0) for tensor in (self._partials, self._sums, self._counters)
+            tensor.new_zeros(_LEAST) for tensor in (self._partials, self._sums, self._counters)
         )
 
     @property
@@ -256,10 +258,6 @@ class DeviceTables:
         """The form in which they cross the operator boundary: ``Work(*tables.as_list())``."""
         lists = [self._numbers, self._tiles, self._runs, self._walks]
         return [*lists, self._partials, self._sums, self._counters]
-
-    @staticmethod
-    def _records(n: int, device: torch.device) -> torch.Tensor:
-        return torch.zeros(n, PIECE_WORDS, dtype=torch.int32, device=device)
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -115,7 +115,7 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
     size = memory.adapter_bytes(load.rank, load.target_modules, degree)
     smallest = problem.token_budget or min(other.longest for other in problem.loads)
     room = memory.adapter_room(problem.free_bytes, smallest, load.rank, degree=degree, generation=problem.generation)
-    extra = step.extra_seconds(load.tokens_per_step * load.rank, load.labels, load.squares_per_step)
+    extra = step.extra_seconds(load.token_rank, load.labels, load.squares_per_step)
     per_token = step.per_token + step.per_microbatch / tokens
     start = problem.load_seconds + step.start
     alone = step.round_of(

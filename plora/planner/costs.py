@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ LARGEST_BUDGET = 1 << 16
 # Rows that generate together, as a rule.
 ROWS_AT_A_TIME = 64
 _SIZES = tuple(1 << i for i in range(8, 17))
+# CUDA graphs that serve ragged microbatches of about one size, within half an octave.
+_GRAPHS_PER_SIZE = 3
 
 
 class Segment(NamedTuple):
@@ -113,8 +115,18 @@ class Costs:
         """Seconds that a job trains, evaluates and saves, its start-up left out. ``starts`` defaults to all at once."""
         if starts is None:
             starts = [0] * len(members)
-        rounds = sum((s.last - s.first) * s.round_seconds for s in self.segments(members, starts))
-        return rounds + sum(self.tail[k] for k in members)
+        segments = self.segments(members, starts)
+        rounds = sum((s.last - s.first) * s.round_seconds for s in segments)
+        graphs = self.graph_seconds(sum(self.step_tokens[k] for k in s.live) for s in segments)
+        return rounds + graphs + sum(self.tail[k] for k in members)
+
+    def graph_seconds(self, sizes: Iterable[float]) -> float:
+        """Seconds of making CUDA graphs in a job that has rounds of so many tokens: similar ones share theirs."""
+        if not self.step.per_graph:
+            return 0.0
+        evenly = (tokens / max(1, math.ceil(tokens / self.tokens - 1e-9)) for tokens in sizes)
+        levels = {round(2 * math.log2(tokens)) for tokens in evenly if 1 <= tokens <= self.problem.memory.graph_tokens}
+        return len(levels) * _GRAPHS_PER_SIZE * self.step.per_graph
 
     def largest_microbatch(self, members: Sequence[int], starts: Sequence[int]) -> int:
         """Tokens of the largest microbatch that a job is likely to see: rounds are cut evenly, between sequences.
@@ -150,7 +162,7 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
     size = [memory.adapter_bytes(load.rank, load.target_modules, degree) for load in loads]
     params = [memory.adapter_params(load.rank, load.target_modules, degree) for load in loads]
     tail = [tail_seconds(step, load, count) for load, count in zip(loads, params, strict=True)]
-    extra = [step.extra_seconds(load.tokens_per_step * load.rank, load.labels, load.squares_per_step) for load in loads]
+    extra = [step.extra_seconds(load.token_rank, load.labels, load.squares_per_step) for load in loads]
     per_token = step.per_token + step.per_microbatch / tokens
     linear = [
         load.steps * (load.tokens_per_step * per_token + more + step.per_adapter)

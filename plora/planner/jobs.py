@@ -199,6 +199,7 @@ def _list_rounds(costs: Costs, order: Sequence[int], cap: float) -> _Rounds:
     live: list[tuple[int, int]] = []  # (end, position in order)
     now, seconds, size, memory_bound = 0, sum(costs.tail[k] for k in order), 0, False
     tokens, extra, parameters = 0.0, 0.0, 0
+    totals = []  # tokens of rounds
     small, big = 0.0, 0  # tokens of the live loads below the cap; live loads above it
     while waiting or live:
         held = []
@@ -227,6 +228,7 @@ def _list_rounds(costs: Costs, order: Sequence[int], cap: float) -> _Rounds:
             parameters += params[k]
         waiting = held
         end = live[0][0]
+        totals.append(tokens)
         seconds += (end - now) * costs.round_of_sums(tokens, extra, len(live), parameters)
         now = end
         while live and live[0][0] == now:
@@ -240,7 +242,7 @@ def _list_rounds(costs: Costs, order: Sequence[int], cap: float) -> _Rounds:
             tokens -= mine
             extra -= step_extra[k]
             parameters -= params[k]
-    return _Rounds(seconds, starts, memory_bound)
+    return _Rounds(seconds + costs.graph_seconds(totals), starts, memory_bound)
 
 
 def place(drafts: Sequence[Draft], n_devices: int) -> list[Placed]:

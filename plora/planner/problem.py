@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from plora.modules.config import ALL_LINEAR
+from plora.modules.config import ALL_LINEAR, computed_rank
 from plora.profiler.memory import MemoryModel, MemoryParts, format_bytes, targeted
 from plora.profiler.time import TimeModel
 
@@ -57,6 +57,11 @@ class Load:
             )
         if self.steps > MOST_STEPS:
             raise ValueError(f"trial {self.name} has more than {MOST_STEPS:.0e} steps: lower its epochs or max_steps")
+
+    @property
+    def token_rank(self) -> float:
+        """Tokens of one of its batches times the rank that they are computed at."""
+        return self.tokens_per_step * computed_rank(self.rank)
 
     @property
     def labels(self) -> float:

@@ -92,7 +92,7 @@ def _run_job(
     left: dict[str, int] = {}  # live trials and the steps they have left
     joined: dict[str, float] = {}
     ended: dict[str, float] = {}
-    peak = 0
+    peak, sizes, graphs = 0, [0.0], 0.0
     while len(ended) < len(job.trials):
         for name in job.ready(joined, ended):
             joined[name] = now
@@ -101,6 +101,9 @@ def _run_job(
         assert live, "a job with trials left has one that is ready"
         peak = max(peak, sum(costs.size[k] for k in live))
         rounds = min(left.values())
+        sizes.append(sum(costs.step_tokens[k] for k in live))
+        known, graphs = graphs, costs.graph_seconds(sizes)
+        now += graphs - known
         now += rounds * costs.round_seconds(live) * _factor(noise, noises)
         for name in list(left):
             left[name] -= rounds

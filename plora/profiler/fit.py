@@ -43,7 +43,7 @@ class RoundSample:
 
     Args:
         tokens: tokens of all adapters.
-        token_rank: each adapter's tokens times its rank, summed.
+        token_rank: each adapter's tokens times its computed rank, summed.
         adapters: adapters that contributed.
         params: their parameters on the device.
         microbatches: microbatches the round was split into.
@@ -72,14 +72,18 @@ class RoundSample:
         )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Equal for rounds that are much alike: adapters, microbatches, and tokens to a quarter of a doubling."""
-        return self.adapters, self.microbatches, round(4 * float(np.log2(self.tokens)))
+    def shape(self) -> tuple[int, ...]:
+        """Equal for rounds that are much alike: adapters, microbatches, tokens to a quarter of a doubling, labels and
+        parameters to one.
+        """
+        labels = self.tokens if self.labels is None else self.labels
+        tokens, labels, params = (float(np.log2(max(1.0, x))) for x in (self.tokens, labels, self.params))
+        return self.adapters, self.microbatches, round(4 * tokens), round(labels), round(params)
 
 
 def typical(samples: Sequence[RoundSample]) -> list[RoundSample]:
     """One round for all that are alike: their mean, with the median of their seconds, which no straggler moves."""
-    groups: dict[tuple[int, int, int], list[RoundSample]] = {}
+    groups: dict[tuple[int, ...], list[RoundSample]] = {}
     for sample in samples:
         groups.setdefault(sample.shape, []).append(sample)
     return [_mean(group) for group in groups.values()]

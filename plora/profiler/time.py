@@ -1,6 +1,7 @@
 """What a round of a pack takes in seconds: a linear model with a launch floor, one per tensor-parallel degree.
 
-For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens and rank ``r_i``:
+For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens that are computed at
+rank ``r_i`` (:func:`~plora.modules.config.computed_rank`):
 
     T = max(m * floor, m * a + b * N + c * sum_i n_i r_i + h * L + q * S + e * K) + o * P + o0
 
@@ -78,6 +79,7 @@ class StepCost:
         save: writing one adapter, however small.
         per_saved_param: writing one more parameter.
         start: making a job's pack and its first, slower rounds.
+        per_graph: making a CUDA graph for microbatches of another size: launching it without and capturing it.
         eval_start: making a pack ready to be evaluated, beside the evaluation; ``start`` has it already.
         load: loading the base, once per process.
         compile: compiling its layers, once per process, in the first job.
@@ -100,6 +102,7 @@ class StepCost:
     save: float = 0.0
     per_saved_param: float = 0.0
     start: float = 0.0
+    per_graph: float = 0.0
     eval_start: float = 0.0
     load: float = 0.0
     compile: float = 0.0
@@ -274,7 +277,8 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
     streamed = passes / 2 * weights / degree / (gpu.bandwidth * STREAM_EFFICIENCY)
     latency = reduces * gpu.link_latency
     params_per_rank = spec.num_layers * sum(layer.in_features + layer.out_features for layer in spec.linears)
-    launches = GRAPH_LAUNCH if memory.graph_tokens else LAUNCH_PER_LAYER * spec.num_layers
+    launching = LAUNCH_PER_LAYER * spec.num_layers
+    launches = GRAPH_LAUNCH if memory.graph_tokens else launching
     per_token = passes * linear / degree / rate + bytes_sent / gpu.link
     # Scores and weighted values, half of them masked; the backward pass computes the scores anew.
     attention = (passes / 4) * 7 * spec.num_layers * spec.num_heads * spec.head_dim
@@ -295,6 +299,7 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
         save=0.2,
         per_saved_param=4 / SAVE_BANDWIDTH,
         start=START_SECONDS,
+        per_graph=2 * launching if memory.graph_tokens else 0.0,
         load=memory.base_bytes(degree) / LOAD_BANDWIDTH,
         compile=COMPILE_SECONDS,
     )

@@ -130,8 +130,8 @@ class Inputs:
         return self._shape(coarse(len(self.tokens)), coarse(len(self.rows)), max_len)
 
     def roomy_shape(self) -> Shape:
-        """One that similar microbatches fit into too: a fifth more of everything, and longer sequences."""
-        tokens, labels = (coarse(count + count // 5) for count in (len(self.tokens), len(self.rows)))
+        """One that similar microbatches fit into too: an eighth more of everything, and longer sequences."""
+        tokens, labels = (coarse(count + count // 8) for count in (len(self.tokens), len(self.rows)))
         return self._shape(tokens, labels, max(_LONG, 1 << (self.max_len - 1).bit_length()), room=1.5)
 
     def fits(self, shape: Shape) -> bool:

@@ -37,7 +37,7 @@ class MeasuredRound:
 
     Args:
         tokens: of all adapters.
-        token_rank: tokens times rank, summed over the adapters.
+        token_rank: tokens times computed rank, summed over the adapters.
         labels: labelled tokens.
         squares: squared lengths of the sequences, summed.
         adapters: that took part.
@@ -97,6 +97,11 @@ class PackProbe:
         self._random = np.random.default_rng(0)
         self.pack_seconds = time.perf_counter() - began
 
+    @property
+    def graph_tokens(self) -> int:
+        """Most tokens of a microbatch that runs as a CUDA graph; 0 where none does."""
+        return 0 if self._graphs is None else self._graphs.most_tokens
+
     def __enter__(self) -> PackProbe:
         return self
 
@@ -152,6 +157,12 @@ class PackProbe:
             allocated=allocated if self._compiled else self._peaks.allocated,
             reserved=reserved if self._compiled else self._peaks.reserved,
         )
+
+    def keep_busy(self, lengths: Sequence[Sequence[int]], token_budget: int, seconds: float) -> None:
+        """Train a round again and again for about so many seconds."""
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            self.round(lengths, token_budget, repeats=5)
 
     def evaluation(self, tokens: int, length: int, labelled: float = 1.0) -> tuple[float, float]:
         """Seconds of a validation loss over so many tokens, by one adapter, and what the first one took more."""

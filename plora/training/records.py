@@ -100,7 +100,7 @@ class RoundRecord:
         seconds: time from the end of the round before, evaluations left out.
         live: trials that took part.
         tokens_left: estimate of the tokens still to be trained on in this job, waiting trials included.
-        token_rank: tokens times rank, summed over the trials.
+        token_rank: tokens times computed rank, summed over the trials.
         labels: labelled tokens.
         squares: squared lengths of the sequences, summed.
         params: parameters of the trials' adapters.

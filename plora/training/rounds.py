@@ -13,6 +13,7 @@ import torch
 from plora.data.microbatch import pack
 from plora.data.types import Example, Microbatch
 from plora.models.base import BaseModel
+from plora.modules.config import computed_rank
 from plora.modules.packed import PackedAdapters
 from plora.training.graphs import MicrobatchGraphs, differentiate
 from plora.training.inputs import Inputs
@@ -60,15 +61,15 @@ def work_of(packed: PackedAdapters, batches: Mapping[int, Sequence[Example]]) ->
     """What a round of these batches consists of, as the cost model counts it.
 
     Returns:
-        ``tokens``, ``token_rank`` (tokens times rank), ``labels``, ``squares`` (of the sequences' lengths), and of the
-        slots that take part ``adapters`` and their ``params``.
+        ``tokens``, ``token_rank`` (tokens times computed rank), ``labels``, ``squares`` (of the sequences' lengths),
+        and of the slots that take part ``adapters`` and their ``params``.
     """
     work = dict.fromkeys(("tokens", "token_rank", "labels", "squares", "adapters", "params"), 0)
     adapters = packed.adapters
     for slot, batch in batches.items():
         lengths = [len(example) for example in batch]
         work["tokens"] += sum(lengths)
-        work["token_rank"] += sum(lengths) * adapters[slot].config.rank
+        work["token_rank"] += sum(lengths) * computed_rank(adapters[slot].config.rank)
         work["labels"] += sum(example.n_labels for example in batch)
         work["squares"] += sum(length * length for length in lengths)
         work["adapters"] += 1

@@ -195,3 +195,12 @@ def test_no_rows():
     device = DeviceTables(torch.device("cpu"))
     device.update(Tables.empty(4))
     assert not device.as_list()[0].any()
+
+
+def test_no_size_is_one_that_layers_are_compiled_for():
+    device = DeviceTables(torch.device("cpu"))
+    for counts in ([0] * len(COUNTS), COUNTS):
+        device.update(tables(counts=counts))
+        assert all(len(each) > 1 for each in device.as_list())
+        device.release_workspace()
+        assert all(len(each) > 1 for each in device.as_list())

@@ -13,6 +13,7 @@ from plora.data.microbatch import pack
 from plora.data.types import Example
 from plora.planner import Load
 from plora.planner.costs import budget_choices, make_costs, tabulate
+from plora.profiler import GPUS, estimate
 from tests.planner.instances import GIB, load, problem, problems
 
 
@@ -36,6 +37,25 @@ def test_a_round_is_split_into_microbatches_under_the_budget():
     extra = step.extra_seconds(6400.0 * 16, 6400.0, 0.0)
     expected = step.round_of(6400.0, extra, 1, costs.params[0], 7)
     assert costs.round_seconds([0]) == expected
+
+
+def test_rounds_of_similar_sizes_share_their_cuda_graphs():
+    loads = [
+        load(name, batch=8, tokens=100, examples=examples) for name, examples in (("a", 80), ("b", 160), ("c", 640))
+    ]
+    given = problem(loads, gpu="h100")
+    plain, few, all_ = (
+        make_costs(replace(given, memory=memory, time=estimate(GPUS["h100"], memory)), 1, 8192)
+        for memory in (replace(given.memory, graph_tokens=tokens) for tokens in (0, 1000, 4096))
+    )
+    # 2400 and 1600 tokens, then 800: of two sizes, of which the smaller alone is run as graphs.
+    assert few.step.per_graph > 0 == plain.graph_seconds([2400.0, 1600.0, 800.0])
+    assert few.graph_seconds([2400.0, 1600.0, 800.0]) == pytest.approx(3 * few.step.per_graph)
+    assert all_.graph_seconds([1000.0, 1100.0, 1000.0, 0.0]) == pytest.approx(3 * few.step.per_graph)
+    assert all_.graph_seconds([9000.0]) == 0  # in two microbatches above the limit
+    rounds = sum((s.last - s.first) * s.round_seconds for s in all_.segments(range(3), [0, 0, 0]))
+    expected = rounds + sum(all_.tail) + all_.graph_seconds([2400.0, 1600.0, 800.0])
+    assert all_.seconds(range(3)) == pytest.approx(expected) > rounds + sum(all_.tail) + 3 * few.step.per_graph
 
 
 def test_work_is_the_price_of_a_load_away_from_the_floor():

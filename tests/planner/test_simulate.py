@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plora.planner import make_plan, simulate
-from tests.planner.instances import grid, problem, problems
+from tests.planner.instances import grid, model, problem, problems
 
 
 @settings(max_examples=12, deadline=None)
@@ -18,6 +20,16 @@ def test_without_surprises_the_prediction_comes_true(given_problem):
         assert ran.start == pytest.approx(job.start)
         assert ran.end == pytest.approx(job.end)
         assert set(ran.trial_ends) == {trial.name for trial in job.trials}
+
+
+def test_making_graphs_is_in_the_prediction_and_comes_true():
+    memory = replace(model(), graph_tokens=4096)
+    given_problem = problem(grid(6), gpu="h100", memory=memory)
+    plan = make_plan(given_problem, time_limit=0.3)
+    assert simulate(plan, given_problem).makespan == pytest.approx(plan.makespan)
+    free = replace(given_problem.time.cost(1), per_graph=0.0)
+    without = replace(given_problem, time=replace(given_problem.time, costs={1: free}))
+    assert simulate(plan, without).makespan < plan.makespan - 3 * given_problem.time.cost(1).per_graph + 1e-6
 
 
 @settings(max_examples=12, deadline=None)

@@ -7,6 +7,7 @@ import pytest
 from plora.models.spec import ModelSpec
 from plora.profiler import GPUS, MemoryModel, RoundSample, calibration_rounds, estimate, estimate_cpu, fit_time
 from plora.profiler.calibration import PACKS, Calibration
+from plora.profiler.fit import typical
 
 SEVEN_B = MemoryModel(ModelSpec.preset("Qwen/Qwen2.5-7B"), compiled=True)
 SMALL = MemoryModel(ModelSpec.preset("HuggingFaceTB/SmolLM2-135M"), "bf16", device="cpu")
@@ -73,6 +74,14 @@ def test_its_rounds_tell_the_coefficients_apart(memory, cost, free):
         params = memory.adapter_params(adapters * rank)
         work = (tokens, tokens * rank, adapters, params, 1, labelled * tokens, tokens * length)
         assert fitted.round_seconds(*work) == pytest.approx(truth.round_seconds(*work), rel=0.1)
+
+
+@pytest.mark.parametrize(("memory", "cost", "free_bytes"), CASES)
+def test_no_two_rounds_count_as_alike(memory, cost, free_bytes):
+    chosen = calibration_rounds(memory, cost, free_bytes)
+    assert chosen is not None
+    made = samples(memory, cost, chosen)
+    assert len(typical(made)) == len(made)
 
 
 def test_less_memory_takes_a_smaller_pack_and_none_at_last():

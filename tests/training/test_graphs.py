@@ -120,16 +120,16 @@ def test_few_graphs_serve_ragged_microbatches(base: BaseModel, monkeypatch: pyte
         tokens += sum(lengths)
         ragged_run(graphs, lengths)
     assert len(graphs._entries) <= 4
-    assert sum(shapes) == tokens + graphs.padding <= 1.35 * tokens
+    assert sum(shapes) == tokens + graphs.padding <= 1.4 * tokens
 
 
 def test_a_graph_is_made_when_doing_without_has_cost_as_much(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = MicrobatchGraphs(base, packed_on(base), 4096, graph_cost=600)
+    graphs = MicrobatchGraphs(base, packed_on(base), 4096, graph_cost=400)
     shapes: list[int] = []
     monkeypatch.setattr(graphs, "_run", lambda entry: shapes.append(len(entry.inputs.tokens)))
     for length in (60, *[50] * 5):
         ragged_run(graphs, [length] * 10)
-    assert shapes == [768, 768, 768, 512, 512, 512]
+    assert shapes == [704, 704, 704, 512, 512, 512]
 
 
 def test_none_is_padded_beyond_the_budget(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

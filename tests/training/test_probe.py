@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from plora.models.base import BaseModel
+from plora.modules.config import computed_rank
 from plora.training.job import PackJob
 from plora.training.peaks import PeakMemory
 from plora.training.probe import PackProbe
@@ -27,7 +28,7 @@ def test_a_round_counts_what_it_trains(base: BaseModel, peaks: PeakMemory) -> No
         weights = probe.packed.arena.weight.clone()
         probe.round([(5,), (5,), (5,)], 40)
         assert not torch.equal(probe.packed.arena.weight, weights)  # it trains
-    assert (measured.tokens, measured.token_rank, measured.squares) == (60, 30 * 4 + 30 * 1, 100 + 400 + 900)
+    assert (measured.tokens, measured.token_rank, measured.squares) == (60, 30 * 16 + 30 * 16, 100 + 400 + 900)
     assert (measured.adapters, measured.params, measured.microbatches) == (2, sum(params), 2)
     assert measured.labels == 5 + 10 + 15
     assert 30 <= measured.largest <= 40
@@ -74,7 +75,7 @@ def test_a_job_reports_the_same_counts(base: BaseModel) -> None:
     first = recorder.rounds[0]
     tokens = {trial.name: recorder.steps[trial.name][0].tokens for trial in trials}
     assert first.tokens == sum(tokens.values())
-    assert first.token_rank == sum(tokens[trial.name] * trial.adapter.rank for trial in trials)
+    assert first.token_rank == sum(tokens[trial.name] * computed_rank(trial.adapter.rank) for trial in trials)
     assert first.params == params
     assert 0 < first.labels < first.tokens
     assert first.squares >= first.tokens**2 / 20  # at most 20 sequences
