@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ from plora.training.records import JobTimes, RoundRecord
 # A job's first rounds compile what is new; one that takes this much longer than is usual for its work is one of them.
 _SLOW = 1.5
 _FIRST = 5
-# What is usual for one say so many steady rounds of fewer tokens, and as many of more.
-_ALIKE = 3
 # Rounds that a profile learns from: the first of a job, and its last.
 _LEARNED = 40
 # Seconds below which evaluating and saving say nothing of the next time.
@@ -35,7 +32,7 @@ class MeasuredJob:
 
     Args:
         seconds: from packing its adapters to its last trial's end, evaluation of the base left out.
-        start: what came before its first round, and what rounds that compiled or prepared something took longer.
+        start: what came before its first round, and what slow ones among the first took longer than usual.
         round_seconds: median of the rounds before the first trial left, those left out.
         evaluation: spent on scores.
         saving: spent on writing states.
@@ -127,6 +124,7 @@ def learn(
     rounds = [*measured.rounds[:_LEARNED], *measured.rounds[_LEARNED:][-_LEARNED:]]
     if not rounds:
         return
+    extras = _extras(planned, job, measured) | _start(planned, measured, compiled=compiled)
     peaks = []
     if measured.allocated is not None:
         sizes, rank = planned.sizes(job), max(trial.rank for trial in job.trials)
@@ -142,17 +140,18 @@ def learn(
             peaks,
             today(),
             before=before,
-            extras=_extras(planned, job, measured) | (_start(planned, measured) if compiled else {}),
+            extras=extras,
         )
     )
 
 
-def _start(planned: SweepPlan, measured: MeasuredJob) -> dict[str, float]:
-    """What a job says of starting one; too few rounds do not tell slow ones from steady ones."""
+def _start(planned: SweepPlan, measured: MeasuredJob, *, compiled: bool) -> dict[str, float]:
+    """What a job says of starting one, or of compiling; too few rounds do not tell slow ones from steady ones."""
     if len(measured.rounds) < _FIRST:
         return {}
     # What evaluation has to make ready is counted with evaluation.
-    return {"start": measured.start + planned.cost.eval_start}
+    start = measured.start + planned.cost.eval_start
+    return {"start": start} if compiled else {"compile": max(0.0, start - planned.cost.start)}
 
 
 def _extras(planned: SweepPlan, job: PlannedJob, measured: MeasuredJob) -> dict[str, float]:
@@ -172,27 +171,17 @@ def _extras(planned: SweepPlan, job: PlannedJob, measured: MeasuredJob) -> dict[
 
 
 def _steady(records: Sequence[RoundRecord]) -> tuple[list[RoundRecord], float]:
-    """The rounds without those that compiled or prepared something, and the seconds these took more than is usual."""
+    """The rounds without those that compiled something or prepared graphs, and the seconds that slow ones among the
+    first took more than is usual.
+    """
     if len(records) <= _FIRST:
         return list(records), 0.0
     usual = statistics.median(record.seconds / record.tokens for record in records)
-    odd = [
-        record
-        for record in records
-        if record.set_up or (record.index <= _FIRST and record.seconds > _SLOW * usual * record.tokens)
-    ]
-    steady = [record for record in records if record not in odd]
+    slow = [r for r in records if r.index <= _FIRST and r.seconds > _SLOW * usual * r.tokens]
+    steady = [record for record in records if not record.set_up and record not in slow]
     if len(steady) < _FIRST:
         return list(records), 0.0
-    by_tokens = sorted(steady, key=lambda record: record.tokens)
-
-    def alike(tokens: int) -> float:
-        """Seconds of a steady round of about so many tokens."""
-        after = bisect_left(by_tokens, tokens, key=lambda record: record.tokens)
-        near = by_tokens[max(0, after - _ALIKE) : after + _ALIKE]
-        return tokens * statistics.median(record.seconds / record.tokens for record in near)
-
-    return steady, sum(max(0.0, record.seconds - alike(record.tokens)) for record in odd)
+    return steady, sum(max(0.0, record.seconds - usual * record.tokens) for record in slow)
 
 
 def _sample(record: RoundRecord) -> RoundSample:

@@ -36,8 +36,8 @@ _COLUMN_COST = 48
 RUN_ROWS = 512
 # Unused records, at the end of a list or of its wide pieces, cost a launched block each, new lengths a CUDA graph.
 _COUNT_STEP = 8
-# Entries that a list or workspace has at least, used or not: layers would be compiled anew for 0 or 1, as where the base
-# is evaluated alone.
+# Entries that a list or workspace has at least, used or not: layers would be compiled anew for 0 or 1 of them, as where
+# the base alone is evaluated.
 _LEAST = 8
 
 

@@ -82,7 +82,8 @@ class StepCost:
         per_graph: making a CUDA graph for microbatches of another size: launching it without and capturing it.
         eval_start: making a pack ready to be evaluated, beside the evaluation; ``start`` has it already.
         load: loading the base, once per process.
-        compile: compiling its layers, once per process, in the first job.
+        compile: compiling its layers, once per process, in the first job; where it was measured, with the files that
+            the compiler keeps on disk.
         estimated: from a data sheet rather than measured.
     """
 
