@@ -76,7 +76,7 @@ MEMORY_OPTIONS = [
     Options(4096),
     Options(4096, optimizer_state="8bit"),
     Options(2048, optimizer_state="8bit"),
-    Options(1024, optimizer_state="8bit"),
+    Options(768, optimizer_state="8bit"),
     Options(4096, recompute=True, optimizer_state="8bit"),
 ]
 
