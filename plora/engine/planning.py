@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from plora.models import ModelSpec
 from plora.planner import Load, Plan, PlannedJob, Problem, check_plan, load_trials, make_problem, plan_on, retimed
 from plora.planner.costs import ROWS_AT_A_TIME
 from plora.planner.preview import counted
+from plora.planner.problem import DoesNotFitError
 from plora.profiler import MemoryModel, StepCost, find_gpu, format_bytes
 from plora.search.trial import DEFAULT_TRIAL, Trial
 from plora.training.graphs import graph_tokens
@@ -116,7 +118,8 @@ def plan_sweep(
         return _given(config, spec, loads, models, options, free)
     choices = [models.memory(memory) for memory in memory_models(config, spec, models.device)]
     solver, seconds = config.packing.solver.lower(), config.packing.time_limit or _SEARCH_SECONDS
-    problem, plan = plan_on(loads, choices, models.gpu, 1, solver=solver, time_limit=seconds, **options)
+    with _all_of(free, config.packing.memory_fraction):
+        problem, plan = plan_on(loads, choices, models.gpu, 1, solver=solver, time_limit=seconds, **options)
     return SweepPlan(problem, plan, free)
 
 
@@ -132,7 +135,20 @@ def plan_elsewhere(config: SweepConfig, spec: ModelSpec, tasks: Mapping[str, Tas
     options = limits(config, tasks) | {"free_bytes": int(gpu.free_bytes * config.packing.memory_fraction)}
     loads = loads_of(config, spec, tasks)
     solver, seconds = config.packing.solver.lower(), config.packing.time_limit or _SEARCH_SECONDS_ELSEWHERE
-    return plan_on(loads, choices, gpu, count, solver=solver, time_limit=seconds, **options)[1]
+    with _all_of(gpu.free_bytes, config.packing.memory_fraction):
+        return plan_on(loads, choices, gpu, count, solver=solver, time_limit=seconds, **options)[1]
+
+
+@contextmanager
+def _all_of(free: int, fraction: float) -> Iterator[None]:
+    """Say so where a trial that does not fit would, if all that is free were used."""
+    try:
+        yield
+    except DoesNotFitError as error:
+        if error.need > free:
+            raise
+        whole = f"Of {format_bytes(free)}, a plan may use packing.memory_fraction = {fraction:g}: raised, it fits."
+        raise DoesNotFitError(f"{error} {whole}", error.need) from error
 
 
 def _given(

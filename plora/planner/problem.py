@@ -235,11 +235,24 @@ def smallest_parts(problem: Problem, load: Load, degree: int) -> MemoryParts:
     return problem.memory.parts_from_bytes(size, tokens, load.rank, degree=degree, generation=problem.generation)
 
 
+class DoesNotFitError(ValueError):
+    """A trial fits nowhere even alone.
+
+    Args:
+        message: as of ``ValueError``.
+        need: bytes that it needs on each device.
+    """
+
+    def __init__(self, message: str, need: int) -> None:
+        super().__init__(message)
+        self.need = need
+
+
 def check_fits(problem: Problem) -> None:
     """Refuse trials that fit on no device group even alone.
 
     Raises:
-        ValueError: naming the trial that needs most, the numbers by part, and what to change.
+        DoesNotFitError: naming the trial that needs most, the numbers by part, and what to change.
     """
     degree = max(problem.degrees)
     misfits = []
@@ -252,10 +265,11 @@ def check_fits(problem: Problem) -> None:
     need, load, parts = max(misfits, key=lambda misfit: misfit[0])
     where = "the device" if degree == 1 else f"each of {degree} devices"
     others = f" ({len(misfits)} trials do not fit; this one needs most)" if len(misfits) > 1 else ""
-    raise ValueError(
+    raise DoesNotFitError(
         f"trial {load.name} (rank {load.rank}, longest sequence {load.longest} tokens) does not fit even alone: it "
         f"needs {format_bytes(need)} on {where}, {format_bytes(problem.free_bytes)} are free{others}. "
-        f"By part: {parts.describe()}. To change: {_remedies(problem, parts)}."
+        f"By part: {parts.describe()}. To change: {_remedies(problem, parts)}.",
+        need,
     )
 
 

@@ -72,6 +72,10 @@ def test_the_search_takes_the_time_it_is_given(
     ("arguments", "message"),
     [
         (["hardware.gpu=h100"], "set plan_only=true"),
+        (
+            ["plan_only=true", "hardware.gpu=h100", "packing.memory_fraction=0.001"],
+            "a plan may use packing.memory_fraction",
+        ),
         (["plan_only=true", "hardware.gpu=h900"], "no data sheet for the GPU 'h900'"),
         (["plan_only=true", "hardware.gpu=h100", "hardware.count=0"], "hardware.count = 0"),
         (["plan_only=true", "hardware.gpus=h100"], "did you mean 'gpu'"),
