@@ -33,7 +33,8 @@ from tests.kernels.problem import ragged
 
 MODELS = ("Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
 MIXES = {"standard mix": STANDARD_MIX, "128 x r16": [16] * 128}
-TOKENS, LENGTH, LAYERS, TURNS = 8192, 128, 4, 5
+TOKENS, LENGTH, LAYERS, TURNS = 8192, 128, 4, 4
+WARM_SECONDS = 1.0
 
 
 def layers_pass(base: BaseModel, adapters: PackedAdapters | None, counts: list[int]) -> Callable[[], None]:
@@ -52,6 +53,11 @@ def layers_pass(base: BaseModel, adapters: PackedAdapters | None, counts: list[i
     return run
 
 
+def sustained(run: Callable[[], None], repeats: int) -> float:
+    """Median seconds of ``run`` at the clocks of a device that has done nothing else for a while, as in training."""
+    return seconds(run, repeats, warmup=int(WARM_SECONDS / seconds(run, 3)))
+
+
 def bench_layer(records: Records, model: str, repeats: int) -> None:
     """Each mix beside the frozen layer, in turns: a device that has grown warm is slower."""
     config = {**preset_config(model), "num_hidden_layers": LAYERS}
@@ -64,7 +70,7 @@ def bench_layer(records: Records, model: str, repeats: int) -> None:
             for base in (frozen, packed):
                 base.compile_layers()
             runs = layers_pass(frozen, None, []), layers_pass(packed, adapters, ragged(TOKENS, len(ranks)))
-            turns = [[seconds(run, -(-repeats // TURNS)) / LAYERS for run in runs] for _ in range(TURNS)]
+            turns = [[sustained(run, -(-repeats // TURNS)) / LAYERS for run in runs] for _ in range(TURNS)]
             alone, took = (statistics.median(times) for times in zip(*turns, strict=True))
             over = statistics.median(one / other for other, one in turns)
             adapters.unpack(packed.module)
