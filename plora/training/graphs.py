@@ -23,7 +23,7 @@ from plora.kernels.schedule import NO_COUNTS, Counts
 from plora.models.base import BaseModel
 from plora.models.spec import ModelSpec
 from plora.modules.packed import PackedAdapters
-from plora.training.inputs import Inputs, Shape
+from plora.training.inputs import LONG, Inputs, Shape
 from plora.training.loss import backward_cross_entropy, chunk_rows
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _MOST_GRAPHS = 32
 # To run a shape for the first time and to capture it, the host launches everything twice. So a microbatch rather is
 # padded to a shape that is there, until that has cost as much.
 _GRAPH_LAUNCHES = 2
-# The most that one is padded, beyond its own shape: a part of its tokens and as many of its labels, and some.
+# The most that one is padded, beyond its own shape: a part of its tokens, of its labels and sequences, and some.
 _MORE, _MORE_ROWS = 0.4, 256
 
 
@@ -264,5 +264,6 @@ class MicrobatchGraphs:
 
 def _serves(shape: Shape, own: Shape) -> bool:
     """Whether to pad to ``shape`` what ``own`` would be enough for is not too wasteful."""
-    rows = ((shape.tokens, own.tokens), (shape.labels, own.labels))
-    return all(count <= (1 + _MORE) * least + _MORE_ROWS for count, least in rows)
+    counts = zip(shape[:3], own[:3], strict=True)
+    lengths = shape.max_len <= max(2 * own.max_len, LONG)
+    return lengths and all(count <= (1 + _MORE) * least + _MORE_ROWS for count, least in counts)

@@ -21,7 +21,7 @@ from plora.models.attention import PackedSequences
 # Tokens and labelled rows are padded to whole ones of these, lists of sequences to these.
 _ROWS, _SEQUENCES = 64, 8
 # What a shape with room takes sequences of; shorter ones cost attention a few empty blocks.
-_LONG = 512
+LONG = 512
 
 
 class Shape(NamedTuple):
@@ -132,7 +132,7 @@ class Inputs:
     def roomy_shape(self) -> Shape:
         """One that similar microbatches fit into too: an eighth more of everything, and longer sequences."""
         tokens, labels = (coarse(count + count // 8) for count in (len(self.tokens), len(self.rows)))
-        return self._shape(tokens, labels, max(_LONG, 1 << (self.max_len - 1).bit_length()), room=1.5)
+        return self._shape(tokens, labels, max(LONG, 1 << (self.max_len - 1).bit_length()), room=1.5)
 
     def fits(self, shape: Shape) -> bool:
         """Whether these can be padded to a shape."""
