@@ -163,6 +163,10 @@ def read_packing(root: Section) -> PackingConfig:
     )
 
 
+# More are a slip of the keyboard, and take minutes to plan for.
+MOST_DEVICES = 4096
+
+
 def read_hardware(root: Section, plan_only: bool) -> HardwareConfig | None:
     """``hardware:``, which only a plan can be made for."""
     if "hardware" not in root:
@@ -170,7 +174,7 @@ def read_hardware(root: Section, plan_only: bool) -> HardwareConfig | None:
     section = root.section("hardware", _fields(HardwareConfig))
     if not plan_only:
         section.findings.add("hardware", "a sweep trains on what is here: set plan_only=true, or remove it")
-    gpu, count = section.read("gpu", _data_sheet), section.read("count", checks.whole(1), 1)
+    gpu, count = section.read("gpu", _data_sheet), section.read("count", checks.whole(1, MOST_DEVICES), 1)
     return None if gpu is None else HardwareConfig(gpu, count)
 
 

@@ -78,6 +78,10 @@ def test_the_search_takes_the_time_it_is_given(
         ),
         (["plan_only=true", "hardware.gpu=h900"], "no data sheet for the GPU 'h900'"),
         (["plan_only=true", "hardware.gpu=h100", "hardware.count=0"], "hardware.count = 0"),
+        (
+            ["plan_only=true", "hardware.gpu=h100", "hardware.count=100000"],
+            "hardware.count = 100000: must be a whole number from 1 to 4096",
+        ),
         (["plan_only=true", "hardware.gpus=h100"], "did you mean 'gpu'"),
     ],
 )
