@@ -42,7 +42,9 @@ _REPEATS = {"cuda": 3, "cpu": 1}
 # Seconds of full rounds, once layers are compiled, before the others are measured: a GPU that has idled clocks higher
 # than in a sweep (on an H100 full rounds took 6% longer when they were measured again later).
 _WARM_SECONDS = {"cuda": 5.0, "cpu": 0.0}
-_ROWS, _NEW_TOKENS = 16, 8
+_ROWS = 16
+# Where decode steps run as a CUDA graph, so many that they pay for making it, as they do in a sweep.
+_NEW_TOKENS = {"cuda": 128, "cpu": 8}
 _LEAST_BYTES = 256 * MIB
 
 
@@ -234,7 +236,8 @@ def _extras(
     per_saved = seconds[large] / params[large]
     generation = {}
     if generates:
-        few, many = (probe.generation(rows, 16, _NEW_TOKENS) / _NEW_TOKENS for rows in (1, _ROWS))
+        new = _NEW_TOKENS[probe.base.device.type]
+        few, many = (probe.generation(rows, 16, new) / new for rows in (1, _ROWS))
         per_row = max(0.0, many - few) / (_ROWS - 1)
         generation = {"per_generated_token": per_row, "per_decode_step": max(0.0, few - per_row)}
     graphs = [each.warmup_seconds for each in found if each.microbatches * probe.graph_tokens >= each.tokens]

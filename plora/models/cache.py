@@ -24,7 +24,9 @@ class KVCache:
         hidden = base.hidden_states(prompt_tokens, positions, cache.prefill(sequences))
         hidden = base.hidden_states(next_tokens, cache.lengths, cache.decode())
 
-    Storage is allocated by the first layer that writes. Rows that are finished are dropped with `select`.
+    Storage is allocated by the first layer that writes, as zeros, so that attention may read what no row has reached
+    yet and mask it. Rows that are finished are dropped with `select`; until then the lengths and the storage keep
+    their place, so that decoding can be captured as a CUDA graph.
 
     Args:
         rows: sequences.
@@ -58,17 +60,28 @@ class KVCache:
         token_rows = torch.tensor(rows).repeat_interleave(lengths).to(self.lengths.device)
         return Prefill(self, sequences, rows, token_rows, sequences.positions().to(self.lengths.device))
 
-    def decode(self) -> Decode:
+    def decode(self, attended: int | None = None) -> Decode:
         """The view to run one further token of every row with, at ``positions = cache.lengths``.
 
+        Args:
+            attended: cached positions to attend over, those that a row has not reached masked. Default: as many as
+                the longest row will have.
+
         Raises:
-            ValueError: if a row is full.
+            ValueError: if a row is full, or ``attended`` is less than the longest row will have or more than there are.
         """
         longest = max(self.host_lengths) + 1
         if longest > self.max_len:
             raise ValueError(f"a row of the cache is full at {self.max_len} tokens")
-        seen = torch.arange(longest, device=self.lengths.device) <= self.lengths[:, None]
-        return Decode(self, longest, seen[:, None, None])
+        attended = longest if attended is None else attended
+        if not longest <= attended <= self.max_len:
+            raise ValueError(f"attended must be from {longest} to {self.max_len} positions, got {attended}")
+        seen = torch.arange(attended, device=self.lengths.device) <= self.lengths[:, None]
+        return Decode(self, attended, seen[:, None, None])
+
+    def count_token(self) -> None:
+        """Counts one token more of every row on the host, where a replayed graph has done so on the device."""
+        self.host_lengths = [length + 1 for length in self.host_lengths]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps the given rows, in the given order."""
@@ -144,5 +157,5 @@ class Decode:
 
     def finish(self) -> None:
         """Counts the token; called once all layers have run."""
-        self.cache.lengths = self.cache.lengths + 1
-        self.cache.host_lengths = [length + 1 for length in self.cache.host_lengths]
+        self.cache.lengths.add_(1)
+        self.cache.count_token()

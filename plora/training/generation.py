@@ -1,7 +1,7 @@
 """Greedy generation for many adapters in one batch, each row with its own.
 
 Rows of similar prompt length share a batch, whatever their adapters, and lie in order of their slots
-as routing wants it. Finished rows leave, so that the batch shrinks instead of computing on nothing.
+as routing wants it. Finished rows leave where that pays, so that the batch shrinks instead of computing on nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from plora.models.base import BaseModel
 from plora.models.cache import KVCache
 from plora.modules.packed import PackedAdapters
 from plora.training.budget import TokenBudget
+from plora.training.decoding import Decoder
 from plora.training.evaluation import BASE
-
-# A batch is compacted when this share of its rows has finished: each time copies the cache.
-_COMPACT_SHARE = 1 / 8
 
 _PREFILL_TOKENS = 8192
 
@@ -95,8 +93,9 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     rows = [_Row(i, prompt, _limit(base, prompt, max_new_tokens)) for i, prompt in enumerate(prompts)]
     waiting = sorted(rows, key=lambda row: (-row.longest, row.index))
+    decoder = Decoder(base, packed)
     while waiting:
-        attempt = functools.partial(_attempt, base, packed, waiting, frozenset(stop))
+        attempt = functools.partial(_attempt, decoder, packed, waiting, frozenset(stop))
         waiting = cache_budget.run(attempt, smallest=waiting[0].longest)
     return [row.generated for row in rows]
 
@@ -113,18 +112,19 @@ def _limit(base: BaseModel, prompt: Prompt, max_new_tokens: int) -> int:
 
 
 def _attempt(
-    base: BaseModel, packed: PackedAdapters, waiting: list[_Row], stop: frozenset[int], cache_tokens: int
+    decoder: Decoder, packed: PackedAdapters, waiting: list[_Row], stop: frozenset[int], cache_tokens: int
 ) -> list[_Row]:
     """Finish the first rows of ``waiting``, as many as the cache may hold, and return the others."""
     n = max(1, min(len(waiting), cache_tokens // waiting[0].longest))
     rows = sorted(waiting[:n], key=lambda row: (row.prompt.subject == BASE, row.prompt.subject, row.index))
     for row in rows:  # an attempt that ran out of memory may have begun them
         row.generated, row.finished = [], False
-    _run_batch(base, packed, rows, stop)
+    _run_batch(decoder, packed, rows, stop)
     return waiting[n:]
 
 
-def _run_batch(base: BaseModel, packed: PackedAdapters, rows: list[_Row], stop: frozenset[int]) -> None:
+def _run_batch(decoder: Decoder, packed: PackedAdapters, rows: list[_Row], stop: frozenset[int]) -> None:
+    base = decoder.base
     cache = KVCache(len(rows), max(row.longest for row in rows), base.device)
     tokens = _prefill(base, packed, rows, cache)
     _accept(rows, tokens, stop)
@@ -133,18 +133,23 @@ def _run_batch(base: BaseModel, packed: PackedAdapters, rows: list[_Row], stop: 
             cache.select(kept)
             rows, tokens = [rows[i] for i in kept], tokens[torch.tensor(kept, device=tokens.device)]
         # One route serves all steps until a row leaves: the rows of a step stay the same.
-        with _route(packed, Counter(row.prompt.subject for row in rows)):
-            while not _is_time_to_compact(rows, cache):
-                hidden = base.hidden_states(tokens, cache.lengths, cache.decode())
-                tokens = base.logits(hidden).argmax(dim=-1)
-                _accept(rows, tokens, stop)
+        with _route(packed, Counter(row.prompt.subject for row in rows)), decoder.steps(cache, tokens) as steps:
+            while not _is_time_to_compact(rows, cache, decoder):
+                _accept(rows, steps.run(_steps_left(rows)), stop)
 
 
-def _is_time_to_compact(rows: Sequence[_Row], cache: KVCache) -> bool:
+def _is_time_to_compact(rows: Sequence[_Row], cache: KVCache, decoder: Decoder) -> bool:
     finished = sum(row.finished for row in rows)
+    if not finished or finished == len(rows):
+        return finished > 0
     # A finished row that still takes part must not run over the end of the cache.
     is_full = max(cache.host_lengths) == cache.max_len
-    return finished > 0 and (is_full or finished == len(rows) or finished >= _COMPACT_SHARE * len(rows))
+    return is_full or decoder.pays_to_compact(len(rows), finished, _steps_left(rows))
+
+
+def _steps_left(rows: Sequence[_Row]) -> int:
+    """Most steps that any row will still take."""
+    return max(row.limit - len(row.generated) for row in rows if not row.finished)
 
 
 def _prefill(base: BaseModel, packed: PackedAdapters, rows: Sequence[_Row], cache: KVCache) -> torch.Tensor:

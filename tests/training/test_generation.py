@@ -108,7 +108,7 @@ def test_finished_rows_leave_the_batch(base: BaseModel, monkeypatch: pytest.Monk
     packed, rows = packed_with_effect(base), prompts(32)
     sizes = []
     decode = KVCache.decode
-    monkeypatch.setattr(KVCache, "decode", lambda cache: (sizes.append(cache.rows), decode(cache))[1])
+    monkeypatch.setattr(KVCache, "decode", lambda cache, *args: (sizes.append(cache.rows), decode(cache, *args))[1])
     answers = run(base, packed, rows, stop=range(2, toy.VOCAB, 9))
     needed = sum(max(0, min(len(answer) + 1, NEW) - 1) for answer in answers)
     assert sizes == sorted(sizes, reverse=True)
@@ -135,10 +135,10 @@ def test_out_of_memory_shrinks_the_batch(base: BaseModel, monkeypatch: pytest.Mo
     expected = run(base, packed, rows)
     decode = KVCache.decode
 
-    def limited(cache: KVCache) -> object:
+    def limited(cache: KVCache, *args: int) -> object:
         if cache.rows > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(cache)
+        return decode(cache, *args)
 
     monkeypatch.setattr(KVCache, "decode", limited)
     assert run(base, packed, rows) == expected

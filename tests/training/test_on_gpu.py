@@ -11,8 +11,13 @@ from plora import AdapterConfig, pack_adapters
 from plora.data.types import Example
 from plora.models import from_config, from_pretrained
 from plora.models.base import BaseModel
+from plora.models.cache import KVCache
 from plora.models.presets import SMOLLM2_135M
 from plora.models.spec import ModelError
+from plora.training import decoding
+from plora.training.budget import TokenBudget
+from plora.training.evaluation import BASE
+from plora.training.generation import Prompt, generate
 from plora.training.graphs import MicrobatchGraphs, small_microbatches
 from plora.training.optimizer import AdamWConfig, PackedAdamW
 from plora.training.rounds import batch_gradients
@@ -144,3 +149,68 @@ def test_a_hundred_joins_and_leaves_compile_nothing_and_keep_no_memory() -> None
         torch._dynamo.config.error_on_recompile = False
     assert found.isfinite().all()
     assert max(memory[54:]) <= max(memory[4:54])
+
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 704,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": toy.VOCAB,
+    "max_position_embeddings": 320, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("config", [{**SMALL, "max_position_embeddings": 320}, QWEN3], ids=["llama", "qwen3"])
+def test_decode_graphs_generate_what_eager_steps_do(
+    config: dict[str, object], compiled: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Long prompts fill the model's positions after 40 steps and leave; the others go on to further graphs."""
+    base = from_config(config, dtype="bf16", device="cuda")
+    packed = pack_adapters(base.module, [AdapterConfig(rank=rank, dropout=0.1, seed=rank) for rank in (3, 16, 64, 130)])
+    generator = torch.Generator().manual_seed(0)
+    for adapter in packed.adapters.values():
+        for _, b in adapter.factors().values():
+            b.copy_(torch.randn(b.shape, generator=generator) / 10)
+    packed.refresh()
+    if compiled:
+        base.compile_layers()
+    lengths = [280] * 6 + torch.randint(1, 50, (24,), generator=generator).tolist()
+    rows = [
+        Prompt([*packed.slots, BASE][i % 5], torch.randint(0, toy.VOCAB, (length,), generator=generator).tolist())
+        for i, length in enumerate(lengths)
+    ]
+    seen: list[tuple[int, int]] = []
+    replays: list[None] = []
+    decode, replay = KVCache.decode, torch.cuda.CUDAGraph.replay
+
+    def watched(cache: KVCache, attended: int) -> object:
+        seen.append((cache.rows, attended))
+        return decode(cache, attended)
+
+    monkeypatch.setattr(KVCache, "decode", watched)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
+    monkeypatch.setattr(decoding, "_SPACING", 64)
+
+    def answers() -> list[list[int]]:
+        seen.clear()
+        replays.clear()
+        budget = TokenBudget(30 * 320, "generation")
+        return generate(base, packed, rows, max_new_tokens=200, stop=(), cache_budget=budget)
+
+    with monkeypatch.context() as patch:  # the same shapes, so that even the last bits agree
+        patch.setattr(decoding, "_CAPTURE_STEPS", 1000)
+        expected = answers()
+        assert not replays
+        assert len(seen) == 199
+        shapes = set(seen)
+    found = answers()
+    assert not [record for record in caplog.records if record.name == decoding.__name__]
+    assert shapes == {(30, 320), (24, 128), (24, 192), (24, 256)}
+    # Each shape runs once and is captured once; all other steps are replayed.
+    assert len(seen) == 2 * len(shapes)
+    assert set(seen) == shapes
+    assert len(replays) == 199 - len(shapes)
+    assert [len(answer) for answer in found] == [41] * 6 + [200] * 24
+    assert len({tuple(answer) for answer in found}) > 15
+    assert found == expected
+    assert answers() == expected  # with memory that other graphs have used
+    packed.unpack(base.module)
