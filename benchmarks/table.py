@@ -25,8 +25,9 @@ def markdown(path: str | Path) -> str:
         for (case, provider), values in figures.items()
     ]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    first = rows[0]
-    return f"{table}\n\n{first['device']}, torch {first['torch']}, commit {first['commit']}, {first['date']}."
+    first, commits = rows[0], list(dict.fromkeys(row["commit"] for row in rows))
+    named = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{table}\n\n{first['device']}, torch {first['torch']}, {named}, {first['date']}."
 
 
 def _words(metric: str) -> str:
