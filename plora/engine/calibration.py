@@ -69,7 +69,8 @@ def pays(sweep_seconds: float, memory: MemoryModel, cost: StepCost, free_bytes: 
     if chosen is None:
         return False, 0.0
     runs = 1 + _REPEATS[memory.device]
-    seconds = _FIXED_SECONDS + runs * sum(_predicted(memory, cost, chosen.ranks, each) for each in chosen.rounds)
+    fixed = _FIXED_SECONDS + _WARM_SECONDS[memory.device]
+    seconds = fixed + runs * sum(_predicted(memory, cost, chosen.ranks, each) for each in chosen.rounds)
     return sweep_seconds >= PAYS * seconds, seconds
 
 
