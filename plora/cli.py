@@ -73,25 +73,26 @@ def run_recipe(make: Callable[[SweepConfig], Recipe], arguments: Sequence[str] |
     # A metric or a data set of the user's own lies beside the YAML they start from here.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    from plora.config.loading import load
-
     try:
+        from plora.config.loading import load
+
         recipe = make(load(options.config, options.overrides))
+        try:
+            return _take_steps(recipe)
+        finally:
+            recipe.cleanup()
     except ConfigError as error:
         return _complain(error)
-    try:
-        return _take_steps(recipe)
     except KeyboardInterrupt:
         return INTERRUPTED
-    finally:
-        recipe.cleanup()
 
 
 def _take_steps(recipe: Recipe) -> int:
     try:
         recipe.setup()
         goes_on = recipe.plan()
-    except ValueError as error:  # before training, these are about the model, the data or the device asked for
+    # Before training, these are about the model, the data, the device or the disk asked for.
+    except (ValueError, OSError) as error:
         logger.debug("setup failed", exc_info=True)
         return _complain(error)
     if goes_on:

@@ -108,6 +108,25 @@ def test_users_errors_before_training_are_messages(
     assert sweep.steps == [*STEPS[: STEPS.index(step) + 1], "cleanup"]
 
 
+def test_a_disk_that_cannot_be_written_is_a_message(
+    sweep: type[FakeSweep], config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep.fails["plan"] = OSError(28, "No space left on device", "run/plan.json")
+    assert cli.main(["run", "--config", str(config_file)]) == 2
+    assert capsys.readouterr().err == "plora: [Errno 28] No space left on device: 'run/plan.json'\n"
+
+
+def test_interrupting_before_there_is_a_sweep(
+    sweep: type[FakeSweep], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("plora.config.loading.load", interrupt)
+    assert cli.main(["run", "--config", str(config_file)]) == 130
+    assert sweep.steps == []
+
+
 def test_errors_in_training_keep_their_traceback_and_clean_up(sweep: type[FakeSweep], config_file: Path) -> None:
     sweep.fails["run"] = ValueError("a bug")
     with pytest.raises(ValueError, match="a bug"):

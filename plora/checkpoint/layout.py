@@ -116,9 +116,19 @@ class SweepLayout:
         return any(mark.exists() for mark in marks)
 
     def create(self) -> None:
-        """Makes the directories."""
-        for directory in (self.root, self.trials, self.checkpoints):
-            directory.mkdir(parents=True, exist_ok=True)
+        """Makes the directories.
+
+        Raises:
+            ValueError: if another sweep has made them: of two that start at once, one goes on.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.trials.mkdir()
+        except FileExistsError:
+            raise ValueError(
+                f"output_dir = '{self.root}': another sweep has started there meanwhile: name another directory"
+            ) from None
+        self.checkpoints.mkdir(exist_ok=True)
 
 
 class EventLog(JsonLines):

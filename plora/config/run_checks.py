@@ -99,7 +99,7 @@ def check_targets(trials: Sequence[Trial], spec: ModelSpec) -> list[str]:
                 if name not in linears:
                     users.setdefault(name, []).append(trial.name)
     return [
-        f"target_modules: {problem_with(name, linears)} (model {spec.name}; used by {_some(trials_of)})"
+        f"target_modules: {problem_with(name, linears)} (model {spec.name}; used by {some(trials_of)})"
         for name, trials_of in users.items()
     ]
 
@@ -113,7 +113,7 @@ def rank_warnings(trials: Sequence[Trial], spec: ModelSpec) -> list[str]:
             if trial.adapter.rank > width:
                 users.setdefault((trial.adapter.rank, linear.name, width), []).append(trial.name)
     return [
-        f"rank {rank} is above the width {width} of {name}, so part of it is idle there (used by {_some(names)})"
+        f"rank {rank} is above the width {width} of {name}, so part of it is idle there (used by {some(names)})"
         for (rank, name, width), names in users.items()
     ]
 
@@ -129,9 +129,14 @@ def required_bytes(trials: Sequence[Trial], spec: ModelSpec, export: ExportConfi
 def output_dir_problems(output_dir: Path) -> list[str]:
     """Why a new sweep, or its plan alone, cannot be written to ``output_dir``; empty if it can."""
     output_dir = output_dir.expanduser()
-    if SweepLayout(output_dir).holds_sweep():
-        return ["already holds a sweep, which is never overwritten: name another directory, or move that one away"]
-    existing = _nearest_existing(output_dir)
+    try:
+        if SweepLayout(output_dir).holds_sweep():
+            return ["already holds a sweep, which is never overwritten: name another directory, or move that one away"]
+        existing = _nearest_existing(output_dir)
+    except OSError as error:  # such as a name that is too long
+        return [f"cannot be used ({error.strerror}): name another directory"]
+    if existing.is_symlink() and not existing.exists():
+        return [f"{existing} is a link to {existing.readlink()}, which does not exist: name another directory"]
     if not existing.is_dir():
         return [f"{existing} is a file, not a directory: name another directory"]
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -151,7 +156,7 @@ def _disk_problems(output_dir: Path, needed: int) -> list[str]:
 
 def _nearest_existing(path: Path) -> Path:
     path = path.absolute()
-    while not path.exists():
+    while not path.exists() and not path.is_symlink():
         path = path.parent
     return path
 
@@ -162,5 +167,6 @@ def _n_params(trial: Trial, spec: ModelSpec) -> int:
     return spec.num_layers * trial.adapter.rank * per_rank
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The names in a few words, however many they are."""
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:3])} and {len(names) - 3} more"

@@ -15,6 +15,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 # The names under which `datasets.load_dataset` reads local files.
 FORMATS = ("json", "csv", "parquet")
 _READ_WHOLE_BYTES = 64 * 2**20
+_LONGEST_FIELD = 2**31 - 1
 
 Row = Mapping[str, Any]
 
@@ -160,6 +161,8 @@ def _row(path: Path, place: str, row: Any) -> Row:
 def _csv_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        # Python's own limit is 128 KiB, which a long document exceeds.
+        csv.field_size_limit(_LONGEST_FIELD)
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(

@@ -177,6 +177,11 @@ def _value(row: Row, column: str) -> Any:
 
 
 def _text(value: Any) -> str | None:
+    if isinstance(value, (Mapping, list, tuple)):  # written out, it would be Python's notation that is learned
+        raise ValueError(
+            f"a prompt or an answer must be text or a number, got {str(value)[:80]!r}: name another column, or a "
+            "component of yours that returns rows of text"
+        )
     return None if value is None else str(value)
 
 

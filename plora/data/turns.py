@@ -32,7 +32,14 @@ class Rendered:
 
 def end_of_turn(hf: PreTrainedTokenizerBase) -> int | None:
     """The special token that the template writes after an answer; None if it writes none."""
-    text = _template(hf, [{"role": "user", "content": "question"}, {"role": "assistant", "content": _SENTINEL}])
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _SENTINEL}]
+    try:
+        text = _template(hf, messages)
+    except _template_errors() as error:
+        raise ValueError(
+            f"the chat template cannot be used ({type(error).__name__}: {error}): correct it, or set "
+            "tokenizer.chat_template to another"
+        ) from error
     _, found, suffix = text.rpartition(_SENTINEL)
     if not found:
         raise ValueError("the chat template leaves out the assistant's answer: use a template that renders it")
@@ -174,9 +181,20 @@ def _template_errors() -> tuple[type[Exception], ...]:
 
 def _tokenize(hf: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     """Ids as ``apply_chat_template(tokenize=True)`` gives them: the template wrote the special tokens."""
-    ids = (
-        hf(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
-        if texts
-        else []
-    )
+    try:
+        ids = (
+            hf(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
+            if texts
+            else []
+        )
+    except (TypeError, UnicodeEncodeError) as error:
+        # A file may hold halves of surrogate pairs, such as "\ud83d" alone, which no tokenizer takes.
+        bad = next((text for text in texts if _is_broken(text)), None)
+        if bad is None:
+            raise
+        raise ValueError(f"a text is not valid Unicode (half a surrogate pair): {bad[:120]!r}; repair it") from error
     return [np.array(i, dtype=np.int32) for i in ids]
+
+
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)

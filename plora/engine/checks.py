@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from plora.config.mistakes import ConfigError, Mistake
 from plora.config.run_checks import check_run
 from plora.config.schema import SweepConfig
 from plora.data import ChatTokenizer
+from plora.data.types import Task
 from plora.models import ModelSpec
 from plora.models import check as check_model
 from plora.models import inspect as inspect_model
@@ -73,6 +74,22 @@ def check_sweep(config: SweepConfig) -> Checked:
     assert tokenizer is not None
     made = tuple(tracker for tracker in trackers if tracker is not None)
     return Checked(device, spec, tokenizer, made, (*config.warnings, *warnings))
+
+
+def check_lengths(tasks: Mapping[str, Task], spec: ModelSpec) -> None:
+    """Refuse examples that the model has no positions for, before its weights are loaded.
+
+    Raises:
+        ValueError: with the longest, and what to change.
+    """
+    limit = min(spec.max_positions, spec.sliding_window or spec.max_positions)
+    for task in {id(task): task for task in tasks.values()}.values():
+        longest = max(len(example) for split in (task.train, task.val, task.test) for example in split)
+        if longest > limit:
+            raise ValueError(
+                f"data set {task.name!r}: its longest example has {longest} tokens, but {spec.name} takes sequences of "
+                f"at most {limit}: set tokenizer.max_seq_len to {limit} or less"
+            )
 
 
 def find_device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from plora.checkpoint.layout import EventLog, SweepLayout
 from plora.config.components import resolve
 from plora.config.schema import SweepConfig
 from plora.engine.calibration import calibrate, pays
-from plora.engine.checks import check_sweep
+from plora.engine.checks import check_lengths, check_sweep
 from plora.engine.costs import CostModels
 from plora.engine.export import export_best
 from plora.engine.logs import SweepLog
@@ -77,6 +77,7 @@ class Sweep:
         for warning in self.checked.warnings:
             log.warning("%s", warning)
         self.tasks = load_tasks(self.config, self.checked.tokenizer)
+        check_lengths(self.tasks, self.checked.spec)
 
     def plan(self) -> bool:
         """Decide which trials train together under the device's free memory; then load the base, and open the outputs.
@@ -117,6 +118,9 @@ class Sweep:
             try:
                 for job in jobs:
                     self._train(job, listeners)
+            except KeyboardInterrupt:
+                self._note_interruption()
+                raise
             finally:
                 listeners.close()
         trained = time.perf_counter()
@@ -255,6 +259,15 @@ class Sweep:
             if name not in first:
                 packed.remove(slot)
         return packed
+
+    def _note_interruption(self) -> None:
+        done = [name for name, result in self.recorder.results.items() if result.status == "completed"]
+        self._events.event("sweep_interrupted", completed=done)
+        kept = f"their weights are in {self.layout.checkpoints}; " if done else ""
+        log.warning(
+            "interrupted: %d of %d trials had completed; %sa sweep is not resumed, so start it again in another "
+            "output_dir", len(done), len(self.config.trials), kept,
+        )  # fmt: skip
 
     def _whole(self, training: float, scoring: float) -> Accuracy:
         """The sweep's predictions beside what it took; a calibration is no part of either."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,6 +87,22 @@ class Adapter(nn.Module):
             parameter.data = self._arena.weight[span]
             parameter.grad = self._arena.grad[span]
 
+    def leave(self) -> None:
+        """Let go of the arena's memory, which the next adapter may take.
+
+        An optimizer that still holds the parameters finds no gradient, so it leaves that adapter alone.
+        """
+        for parameter in (self.A, self.B):
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # `assign=True` would put other parameters in place of those over the arena, which nothing would then train.
+        copied = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, copied, *args)
+
     def attach_gradients(self) -> None:
         """Give back a gradient that ``zero_grad`` has dropped, as zeros."""
         for parameter, span in ((self.A, self.a_range), (self.B, self.b_range)):
@@ -112,7 +129,12 @@ class Adapter(nn.Module):
 
         Args:
             flat: one of the arena's flat tensors; the fp32 weight if absent.
+
+        Raises:
+            ValueError: if the adapter was removed: its memory is no longer its own.
         """
+        if not self.A.numel():
+            raise ValueError(f"the adapter of slot {self.slot} was removed from its pack: take its factors before that")
         flat = self._arena.weight if flat is None else flat
         return {
             path: (self._view(flat, a), self._view(flat, self.layout.b[path]).T) for path, a in self.layout.a.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 ALL_LINEAR = "all-linear"
@@ -43,10 +44,14 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank must be a whole number from 1 to {MAX_RANK}, got {self.rank!r}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not (_is_number(self.alpha) and math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be a positive number, got {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        if not isinstance(self.rslora, bool):
+            raise ValueError(f"rslora must be True or False, got {self.rslora!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
         if isinstance(self.target_modules, str):
             if self.target_modules != ALL_LINEAR:
                 raise ValueError(
@@ -55,8 +60,14 @@ class AdapterConfig:
                 )
         elif not self.target_modules:
             raise ValueError(f"target_modules is empty: name at least one layer, or use {ALL_LINEAR!r}")
+        elif not isinstance(self.target_modules, Iterable) or not all(isinstance(x, str) for x in self.target_modules):
+            raise ValueError(f"target_modules must be {ALL_LINEAR!r} or names of layers, got {self.target_modules!r}")
 
     @property
     def scale(self) -> float:
         """The factor on ``B A x``: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

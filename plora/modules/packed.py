@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -58,17 +58,25 @@ def pack_adapters(
     """
     if hasattr(model, ATTRIBUTE):
         raise ValueError(f"the model is packed already: use model.{ATTRIBUTE}.add(config), or unpack() it first")
-    if isinstance(model, nn.Sequential):
-        raise ValueError("an nn.Sequential would call the adapters as a layer: put it into a module of your own first")
+    if isinstance(model, (nn.Sequential, nn.Linear)):
+        kind = "nn.Sequential" if isinstance(model, nn.Sequential) else "nn.Linear"
+        reason = "would call the adapters as a layer" if kind == "nn.Sequential" else "cannot replace itself"
+        raise ValueError(f"an {kind} {reason}: put it into a module of your own first")
+    if isinstance(configs, AdapterConfig):
+        raise TypeError("configs must be a list of plora.AdapterConfig: write [config] for a single adapter")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     targets = find_targets(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no linear layer to adapt")
     for config in configs:
-        select(targets, config)
+        _select(targets, config)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     reference = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    capacity = max(8, 2 * len(configs)) if capacity is None else max(capacity, len(configs))
+    capacity = max(8, 2 * len(configs)) if capacity is None else max(capacity, len(configs), 1)
     packed = PackedAdapters(targets, configs, capacity, reference.device, dtype or reference.dtype)
+    packed._trainable = trainable
     packed._wrap(model)
     model.add_module(ATTRIBUTE, packed)
     for config in configs:
@@ -96,6 +104,8 @@ class PackedAdapters(nn.Module):
         self._offsets_version = -1
         # In a list, because the layers belong to the model and must not be registered here again.
         self._linears: list[PackedLoRALinear] = []
+        # What `unpack` lets train again.
+        self._trainable: list[nn.Parameter] = []
         self._routes = 0
         self._version = -1
         self._shared = Shared(
@@ -130,7 +140,7 @@ class PackedAdapters(nn.Module):
         Raises:
             ValueError: if it names an unknown target module.
         """
-        targets = select(self.targets, config)
+        targets = _select(self.targets, config)
         taken = set(self.slots)
         slot = next((i for i in range(self.capacity) if i not in taken), self.capacity)
         if slot == self.capacity:
@@ -162,6 +172,7 @@ class PackedAdapters(nn.Module):
         self._offsets[:, self.capacity + slot] = ABSENT
         self._shared.tables.rank[slot] = self._shared.tables.limit[slot] = 0
         del self._modules[f"adapter_{slot}"]
+        adapter.leave()
         self.arena.release(adapter.start, adapter.layout.numel)
 
     @contextmanager
@@ -249,10 +260,18 @@ class PackedAdapters(nn.Module):
         self.arena.grad.zero_()
 
     def unpack(self, model: nn.Module) -> None:
-        """Put the frozen linear layers back into ``model`` and drop the adapters."""
+        """Put the linear layers back into ``model``, drop the adapters, and let train again what did before.
+
+        Raises:
+            ValueError: if ``model`` is not packed, or is packed with other adapters.
+        """
+        if getattr(model, ATTRIBUTE, None) is not self:
+            raise ValueError(f"these adapters are not those of this {type(model).__name__}: use model.plora.unpack")
         for target, linear in zip(self.targets, self._linears, strict=True):
             model.set_submodule(target.path, linear.base)
         restore_gated_mlps(model)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
         delattr(model, ATTRIBUTE)
 
     def _wrap(self, model: nn.Module) -> None:
@@ -266,6 +285,8 @@ class PackedAdapters(nn.Module):
         fuse_gated_mlps(model)
 
     def _counts(self, tokens: Sequence[int] | Mapping[int, int], base_tokens: int) -> list[int]:
+        if not isinstance(tokens, (Mapping, Iterable)) or isinstance(tokens, str):
+            raise TypeError(f"route() takes a list of row counts, or a mapping from slots to them, got {tokens!r}")
         by_slot = dict(tokens) if isinstance(tokens, Mapping) else dict(enumerate(tokens))
         taken = set(self.slots)
         for slot, count in by_slot.items():
@@ -378,6 +399,12 @@ class PackedAdapters(nn.Module):
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         clone._bind()
         return clone
+
+
+def _select(targets: list[Target], config: AdapterConfig) -> list[Target]:
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"an adapter is described by a plora.AdapterConfig, got {config!r}")
+    return select(targets, config)
 
 
 def _columns(rank: int) -> int:

@@ -17,7 +17,7 @@ from plora.report.snippets import peft_snippet, vllm_snippet
 from plora.report.text import count, duration, score, setting_title, setting_value
 
 _MAX_ROWS = 25
-_FILE_WIDTH = 150
+_FILE_WIDTH = 240
 
 
 def print_leaderboard(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,12 +128,14 @@ def make_sampler(
         findings.warn("search.sampler", f"{name} learns from results, but all trials are drawn before one runs")
     arguments = {"seed": seed, **options} if "seed" in inspect.signature(sampler_class).parameters else dict(options)
     if sampler_class is GridSampler:
+        # Counted before they are listed, which may take all memory; what has no list is noted below.
+        size = math.prod(n for name in space if math.isfinite(n := n_combinations({name: space[name]})))
+        if size > MOST_TRIALS:
+            advice = f"the grid has {size:.3g} combinations: list fewer values, or draw at random"
+            findings.add("search.space", advice)
+            return None
         grid = _grid(space, findings)
         if grid is None:
-            return None
-        if n_combinations(space) > MOST_TRIALS:
-            advice = f"the grid has {n_combinations(space):.3g} combinations: list fewer values, or draw at random"
-            findings.add("search.space", advice)
             return None
         arguments["search_space"] = grid
     try:

@@ -178,11 +178,15 @@ def grid_values(distribution: BaseDistribution) -> list[Any] | None:
 
 def n_combinations(space: Mapping[str, BaseDistribution]) -> float:
     """How many different settings ``space`` holds; infinite with a range of real numbers."""
-    total = 1.0
-    for distribution in space.values():
-        if isinstance(distribution, IntDistribution) and distribution.log:
-            total *= distribution.high - distribution.low + 1
-        else:
-            values = grid_values(distribution)
-            total *= math.inf if values is None else len(values)
-    return total
+    return math.prod((_n_values(distribution) for distribution in space.values()), start=1.0)
+
+
+def _n_values(distribution: BaseDistribution) -> float:
+    # Counted, not listed: a range of seeds, or of tiny steps, has more values than memory holds.
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return (distribution.high - distribution.low) // (1 if distribution.log else distribution.step) + 1
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        return round((distribution.high - distribution.low) / distribution.step) + 1
+    return 1 if distribution.single() else math.inf

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from plora.search.samplers import quiet_optuna
 from plora.search.space import is_multiple
@@ -99,15 +101,29 @@ def create_study(
         direction: ``minimize`` or ``maximize``.
 
     Raises:
-        ValueError: if the directory already has a study.
+        ValueError: if the directory already has a study, or it cannot be written.
     """
     path = output_dir / STUDY_FILE
     if path.exists():
         raise ValueError(f"{path} already exists: choose another output_dir")
     distributions = stored_distributions(space, trials)
+    try:
+        return _create(output_dir.resolve().name, path, distributions, trials, metric, direction)
+    except (SQLAlchemyError, StorageInternalError) as error:  # such as a full disk
+        raise ValueError(f"{path} cannot be written: {getattr(error, 'orig', None) or error}") from error
+
+
+def _create(
+    name: str,
+    path: Path,
+    distributions: Mapping[str, BaseDistribution],
+    trials: Sequence[Trial],
+    metric: str,
+    direction: Literal["minimize", "maximize"],
+) -> SweepStudy:
     storage = _storage(path)
     with quiet_optuna():
-        study = optuna.create_study(study_name=output_dir.resolve().name, storage=storage, direction=direction)
+        study = optuna.create_study(study_name=name, storage=storage, direction=direction)
         study.set_metric_names([metric])
         for trial in trials:
             study.enqueue_trial(_storable(trial, distributions), user_attrs={"name": trial.name})

@@ -59,6 +59,12 @@ def test_holds_sweep(tmp_path):
     assert layout.holds_sweep()
 
 
+def test_of_two_sweeps_that_start_at_once_one_goes_on(tmp_path):
+    SweepLayout(tmp_path / "run").create()
+    with pytest.raises(ValueError, match="another sweep has started there"):
+        SweepLayout(tmp_path / "run").create()
+
+
 def test_event_log_times_are_utc(tmp_path):
     with EventLog(tmp_path / "events.jsonl") as log:
         log.event("trial_finished", trial="t001", val_loss=float("nan"))

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from plora.config import check_run, check_targets, load, required_bytes
+from plora.config import ConfigError, check_run, check_targets, load, required_bytes
 from plora.config.schema import ExportConfig
 from plora.models.spec import ModelSpec
 from plora.modules.config import AdapterConfig
@@ -100,3 +101,10 @@ def test_every_data_option_that_is_searched_is_checked(raw: dict[str, Any]) -> N
     assert len(errors) == 2
     assert "dataset.max_examples" in errors[0]
     assert "no split 'dev'" in errors[1]
+
+
+def test_a_directory_that_cannot_be_made(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name, want in (("x" * 300, "File name too long"), ("link", "is a link to"), ("link/run", "is a link to")):
+        with pytest.raises(ConfigError, match=want):
+            load({**raw, "output_dir": str(tmp_path / name)})

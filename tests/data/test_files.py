@@ -70,6 +70,13 @@ def test_broken_files_are_named(tmp_path: Path, name: str, text: str, want: str)
         files.read(path)
 
 
+def test_a_long_field_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    document = "word " * 50_000
+    path.write_text(f"q,a\n{document},1\n")
+    assert files.read(path) == [{"q": document, "a": "1"}]
+
+
 def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"q,a\n\xff\xfe,1\n")

@@ -55,6 +55,14 @@ def test_prompt_template(rows_file: Path, qwen: tok.ChatTokenizer) -> None:
     assert task.train[0].messages[-1]["content"] == f"Q: What is {i}? {{as is}} ({i % 2}) What is {i}?"
 
 
+@pytest.mark.parametrize("answer", [["72"], {"text": ["72"], "answer_start": [0]}])
+def test_an_answer_that_is_no_text_is_refused(tmp_path: Path, qwen: tok.ChatTokenizer, answer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps({'question': 'How many?', 'answer': answer})}\n" * 3)
+    with pytest.raises(ValueError, match="dataset: a prompt or an answer must be text or a number, got .*72"):
+        load_task("t", section(path), None, None, qwen, SEED)
+
+
 def test_validation_is_split_off_by_seed(rows_file: Path, qwen: tok.ChatTokenizer) -> None:
     task, _ = load_task("t", section(rows_file, test_examples=7), None, None, qwen, SEED)
     train, val, test = numbers(task.train), numbers(task.val), numbers(task.test)

@@ -141,6 +141,18 @@ def test_template_with_another_generation_header_is_refused(folders: dict[str, P
         tokenizer.encode("How many?", "72")
 
 
+def test_template_that_is_no_jinja(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text("{% for m in")
+    with pytest.raises(ValueError, match=r"cannot be used \(TemplateSyntaxError.*set tokenizer.chat_template"):
+        tok.load(str(folders["qwen2_5"]), chat_template=str(path))
+
+
+def test_half_a_surrogate_pair_is_named(qwen: tok.ChatTokenizer) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        qwen.encode("How \ud83d many?", "72")
+
+
 def test_template_that_refuses_a_role(folders: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text(

@@ -149,6 +149,20 @@ def test_a_trial_that_does_not_fit_is_refused_with_the_numbers(
     assert "t001" in said
 
 
+def test_rows_that_the_model_has_no_positions_for(settings: Settings, refused: Callable[..., str], data: Path) -> None:
+    rows = tiny.save_rows(data / "long.jsonl", range(6), ask="What is {}" + " again" * 400 + "?")
+    said = refused(settings(), f"dataset.source={rows}", "tokenizer.max_seq_len=null")
+    assert "data set 'dataset': its longest example has" in said
+    assert "set tokenizer.max_seq_len to 256 or less" in said
+
+
+def test_a_batch_larger_than_the_data_is_reported(settings: Settings, command: Command, tmp_path: Path) -> None:
+    assert command(settings(), "search.trials=[{batch_size: 13}]", "trial.max_steps=1", "export.keep=0") == 0
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "batch_size 13 is above the 12 training examples of data set 'dataset'" in said
+    assert "(used by t001)" in said
+
+
 def test_rows_that_are_too_long_are_refused_and_the_corrected_sweep_runs(
     settings: Settings, refused: Callable[..., str], command: Command, tmp_path: Path
 ) -> None:

@@ -225,6 +225,10 @@ def test_interrupting_keeps_what_is_finished(settings: Settings, tmp_path: Path,
     assert all(torch.isfinite(x).all() and x.abs().max() > 0 for x in weights.values())
     ended = [event["trial"] for event in tiny.read_lines(layout.events) if event["event"] == "trial_ended"]
     assert ended == ["t003"]
+    assert tiny.read_lines(layout.events)[-1]["completed"] == ["t003"]
+    said = layout.log.read_text().splitlines()[-1]
+    assert "interrupted: 1 of 4 trials had completed" in said
+    assert str(layout.checkpoints) in said
     assert not layout.results.exists()
     assert not logging.getLogger("plora").handlers
 

@@ -302,6 +302,78 @@ def test_unpack_restores_the_model():
     pack_adapters(model, CONFIGS)
 
 
+def test_unpack_lets_train_again_what_did():
+    model = Toy()
+    model.embed_tokens.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    packed = pack_adapters(model, CONFIGS)
+    other, _ = packed_toy()
+    with pytest.raises(ValueError, match="not those of this Toy"):
+        packed.unpack(other)
+    packed.unpack(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    with pytest.raises(ValueError, match="not those of this Toy"):
+        packed.unpack(model)
+
+
+def test_an_optimizer_of_a_removed_adapter_leaves_the_next_one_alone():
+    model, packed = packed_toy([AdapterConfig(rank=4, seed=1), AdapterConfig(rank=4, seed=2)])
+    optimizer = torch.optim.AdamW(packed.parameters(), lr=0.1)
+    step(model, [6, 6])
+    optimizer.step()
+    packed.zero_grad_()
+    removed = packed.adapters[0]
+    packed.remove(0)
+    with pytest.raises(ValueError, match="slot 0 was removed"):
+        removed.factors()
+    slot = packed.add(AdapterConfig(rank=4, seed=3))
+    fresh = packed.adapters[slot]
+    assert fresh.range == slice(0, fresh.layout.numel)  # the memory of the removed one
+    weights = fresh.A.detach().clone()
+    step(model, [6, 6])
+    optimizer.step()
+    torch.testing.assert_close(fresh.A.detach(), weights, rtol=0, atol=0)
+
+
+def test_weights_loaded_by_assignment_are_trained():
+    model, packed = packed_toy()
+    saved = copy.deepcopy(model.state_dict())
+    other, loaded = packed_toy()
+    loaded.arena.weight.zero_()
+    other.load_state_dict(saved, assign=True)
+    assert_same(step(other), step(model), 0)
+    torch.optim.SGD(loaded.parameters(), lr=0.1).step()
+    assert not torch.equal(loaded.arena.weight, packed.arena.weight)
+
+
+@pytest.mark.parametrize(
+    ("configs", "options", "error", "message"),
+    [
+        (AdapterConfig(), {}, TypeError, r"write \[config\]"),
+        ([{"rank": 4}], {}, TypeError, "plora.AdapterConfig, got {'rank': 4}"),
+        (CONFIGS, {"dtype": torch.int32}, ValueError, "got torch.int32"),
+        (CONFIGS, {"dtype": "bf16"}, ValueError, "got 'bf16'"),
+    ],
+)
+def test_bad_arguments(configs, options, error, message):
+    model = Toy()
+    with pytest.raises(error, match=message):
+        pack_adapters(model, configs, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_pack_without_capacity_takes_an_adapter():
+    packed = pack_adapters(Toy(), [], capacity=0)
+    assert [packed.add(config) for config in CONFIGS] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("counts", [12, None, "ab"])
+def test_a_route_takes_counts(counts):
+    _, packed = packed_toy()
+    with pytest.raises(TypeError, match=f"got {counts!r}"), packed.route(counts):
+        pass
+
+
 @pytest.mark.parametrize(
     ("counts", "options", "message"),
     [
@@ -346,6 +418,8 @@ def test_unknown_targets(name, message):
 def test_a_sequential_is_refused():
     with pytest.raises(ValueError, match="nn.Sequential"):
         pack_adapters(nn.Sequential(Toy()), CONFIGS)
+    with pytest.raises(ValueError, match="nn.Linear cannot replace itself"):
+        pack_adapters(nn.Linear(2, 2), CONFIGS)
 
 
 def test_packing_twice_is_refused():
@@ -355,7 +429,12 @@ def test_packing_twice_is_refused():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rank": 0}, {"rank": 257}, {"rank": 2.5}, {"alpha": 0}, {"dropout": 1.0}, {"target_modules": ()}]
+    "bad",
+    [
+        *({"rank": 0}, {"rank": 257}, {"rank": 2.5}, {"alpha": 0}, {"alpha": "32"}, {"alpha": None}, {"alpha": True}),
+        *({"dropout": 1.0}, {"dropout": "0.1"}, {"dropout": None}, {"rslora": "no"}, {"seed": 1.5}, {"seed": None}),
+        *({"target_modules": ()}, {"target_modules": 3}, {"target_modules": ("q_proj", 3)}),
+    ],
 )
 def test_bad_settings_name_the_value(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -109,6 +109,12 @@ def test_a_huge_grid_is_refused() -> None:
     space = parse_space({"rank": {"low": 1, "high": 256}, "batch_size": {"low": 1, "high": 256}}, "space", findings)
     assert make_sampler("grid", {}, space, 0, findings) is None
     assert "6.55e+04 combinations" in findings.mistakes[0].advice
+    # Not listed on the way: no memory would hold it, even beside a range that has no list.
+    for lr in ([1e-3], {"low": 0.1, "high": 0.2}):
+        findings = Findings()
+        space = parse_space({"dataset.seed": {"low": 1, "high": 10**15}, "lr": lr}, "search.space", findings)
+        assert make_sampler("grid", {}, space, 0, findings) is None
+        assert "1e+15 combinations" in str(findings.mistakes[0])
 
 
 def test_listed_trials_change_the_default() -> None:

@@ -71,3 +71,11 @@ def test_grid_values_and_combinations() -> None:
     assert n_combinations(parse(rank={"low": 1, "high": 16, "log": True})) == 16
     assert n_combinations(parse(lr={"low": 0.1, "high": 0.2})) == float("inf")
     assert grid_values(parse(lr={"low": 0.1, "high": 0.2})["lr"]) is None
+
+
+def test_combinations_are_counted_without_listing_them() -> None:
+    many = {"low": 1, "high": 10**15}  # a list of them is refused at once: no memory is as large
+    assert n_combinations(parse(**{"dataset.seed": many})) == 10**15
+    assert n_combinations(parse(**{"dataset.seed": {**many, "step": 10}})) == 10**14
+    assert n_combinations(parse(lr={"low": 1e-14, "high": 10, "step": 1e-14})) == pytest.approx(10**15)
+    assert n_combinations({"lr": FloatDistribution(0.1, 0.1)}) == 1

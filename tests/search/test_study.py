@@ -32,6 +32,13 @@ SPACE = {
 }
 
 
+def test_a_study_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    config = {"output_dir": str(tmp_path), "model": {"source": "m"}, "dataset": {"source": "d"}}
+    trials = load(config, ["search.trials=[{lr: 1e-3}]"]).trials
+    with pytest.raises(ValueError, match=r"missing/study\.db cannot be written: unable to open"):
+        create_study(tmp_path / "missing", trials, {}, metric="val_loss", direction="minimize")
+
+
 def test_the_study_reopens_with_everything_in_it(tmp_path: Path) -> None:
     study, trials = started(tmp_path, SPACE)
     for trial in trials:
