@@ -231,6 +231,7 @@ def estimate_cpu(memory: MemoryModel, threads: int) -> TimeModel:
         per_microbatch=3e-9 * memory.spec.n_params,
         per_adapter=1.3e-3 * memory.spec.num_layers,
         per_step=2e-3,
+        token_step=1,
     )
     return TimeModel(device="cpu", costs={1: cost})
 

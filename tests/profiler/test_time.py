@@ -155,3 +155,9 @@ def test_rounds_of_just_so_many_tokens_cost_whole_steps() -> None:
     assert exact[0] == pytest.approx(cost.round_of(4.5 * step, 0.0, 1, 0.0, 1))
     assert cost.even_tokens(2 * 4.5 * step, 2) == pytest.approx(2 * 4.5 * step)
     assert replace(cost, token_step=1).even_tokens(77, 3) == 77
+
+
+def test_a_cpu_computes_no_whole_tiles():
+    cost = estimate_cpu(MemoryModel(ModelSpec.preset("HuggingFaceTB/SmolLM2-135M"), "fp32", device="cpu"), 1).cost(1)
+    work = {"token_rank": 0.0, "adapters": 1, "params": 0.0, "microbatches": 1}
+    assert cost.round_seconds(100, **work) > 1.1 * cost.round_seconds(40, **work)
