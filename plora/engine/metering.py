@@ -103,11 +103,20 @@ def compare(job: PlannedJob, measured: MeasuredJob, more: float = 0.0) -> Accura
     return Accuracy(
         f"job {job.number}",
         (
-            Compared("memory, live tensors", job.allocated_bytes, measured.allocated, "bytes"),
-            Compared("memory, with the allocator's share", job.memory_bytes, measured.reserved, "bytes", is_limit=True),
+            *_memory(job, measured),
             Compared("step", job.round_seconds, measured.round_seconds, "s"),
             Compared("whole job", job.seconds + more, measured.seconds, "s"),
         ),
+    )
+
+
+def _memory(job: PlannedJob, measured: MeasuredJob) -> tuple[Compared, ...]:
+    if measured.reserved is None:
+        # On a CPU all that is known is what the process takes, which holds whatever the allocator has kept.
+        return (Compared("memory of the process", job.memory_bytes, measured.allocated, "bytes", is_limit=True),)
+    return (
+        Compared("memory, live tensors", job.allocated_bytes, measured.allocated, "bytes"),
+        Compared("memory, with the allocator's share", job.memory_bytes, measured.reserved, "bytes", is_limit=True),
     )
 
 

@@ -90,8 +90,12 @@ def test_it_is_compared_with_its_prediction(planned: tuple[CostModels, SweepPlan
     figures = {figure.what: figure for figure in compare(job, measured).figures}
     assert figures["step"].error == pytest.approx(0.5)
     assert figures["step"].is_off
-    assert figures["memory, live tensors"].measured == 3 << 30
-    assert figures["memory, with the allocator's share"].measured is None
+    process = figures["memory of the process"]
+    assert (process.predicted, process.measured) == (job.memory_bytes, 3 << 30)
+    on_gpu = {each.what: each for each in compare(job, replace(measured, reserved=4 << 30)).figures}
+    assert on_gpu["memory, live tensors"].measured == 3 << 30
+    assert on_gpu["memory, with the allocator's share"].measured == 4 << 30
+    assert "memory of the process" not in on_gpu
     assert figures["whole job"].predicted == job.seconds
 
 
