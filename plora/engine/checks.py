@@ -82,7 +82,7 @@ def check_lengths(tasks: Mapping[str, Task], spec: ModelSpec) -> None:
     Raises:
         ValueError: with the longest, and what to change.
     """
-    limit = min(spec.max_positions, spec.sliding_window or spec.max_positions)
+    limit = spec.longest_sequence
     for task in {id(task): task for task in tasks.values()}.values():
         longest = max(len(example) for split in (task.train, task.val, task.test) for example in split)
         if longest > limit:

@@ -116,6 +116,11 @@ class ModelSpec:
             **shape,
         )
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that a sequence may have: the positions, or the window where attention has one."""
+        return min(self.max_positions, self.sliding_window or self.max_positions)
+
     @classmethod
     def preset(cls, name: str) -> ModelSpec:
         """The spec of a well-known checkpoint by its hub id, without any download.

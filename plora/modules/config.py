@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 256
-# Ranks that the kernels compute at a time: an adapter of rank 4 takes as long as one of rank 16.
+# Ranks that the kernels compute at a time, a fragment of the matrix units: rank 4 takes as long as rank 16.
 _RANK_STEP = 16
 
 
 def computed_rank(rank: int) -> int:
-    """The rank that an adapter costs as much as."""
+    """The rank that an adapter is computed at: columns of the hidden matrices, and what it costs as much as."""
     return -(-rank // _RANK_STEP) * _RANK_STEP
 
 

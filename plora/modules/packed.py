@@ -17,7 +17,7 @@ from plora.kernels.reference import ABSENT, Tables
 from plora.kernels.schedule import Counts, DeviceTables, upload
 from plora.modules.adapter import Adapter, Layout
 from plora.modules.arena import Arena, aligned
-from plora.modules.config import AdapterConfig
+from plora.modules.config import AdapterConfig, computed_rank
 from plora.modules.linear import Group, PackedLoRALinear, Shared
 from plora.modules.mlp import fuse_gated_mlps, restore_gated_mlps
 from plora.modules.targets import Target, find_targets, select
@@ -116,7 +116,7 @@ class PackedAdapters(nn.Module):
             tables=Tables.empty(capacity),
             device_tables=None,
             token_index=torch.zeros(0, dtype=torch.int32, device=device),
-            max_rank=_columns(max((config.rank for config in configs), default=1)),
+            max_rank=computed_rank(max((config.rank for config in configs), default=1)),
         )
 
     @property
@@ -155,7 +155,7 @@ class PackedAdapters(nn.Module):
             if target.path in adapter.layout.a:
                 row[slot] = adapter.start + adapter.layout.a[target.path].start
                 row[self.capacity + slot] = adapter.start + adapter.layout.b[target.path].start
-        self._shared.max_rank = max(self._shared.max_rank, _columns(config.rank))
+        self._shared.max_rank = max(self._shared.max_rank, computed_rank(config.rank))
         self.arena.refresh(adapter.range)
         if self.arena.numel != numel:
             self._bind()
@@ -285,7 +285,7 @@ class PackedAdapters(nn.Module):
         fuse_gated_mlps(model)
 
     def _counts(self, tokens: Sequence[int] | Mapping[int, int], base_tokens: int) -> list[int]:
-        if not isinstance(tokens, (Mapping, Iterable)) or isinstance(tokens, str):
+        if not isinstance(tokens, Iterable) or isinstance(tokens, str):
             raise TypeError(f"route() takes a list of row counts, or a mapping from slots to them, got {tokens!r}")
         by_slot = dict(tokens) if isinstance(tokens, Mapping) else dict(enumerate(tokens))
         taken = set(self.slots)
@@ -405,11 +405,6 @@ def _select(targets: list[Target], config: AdapterConfig) -> list[Target]:
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"an adapter is described by a plora.AdapterConfig, got {config!r}")
     return select(targets, config)
-
-
-def _columns(rank: int) -> int:
-    """Columns of the hidden matrices: whole fragments of the matrix units."""
-    return -(-rank // 16) * 16
 
 
 def _empty_offsets(targets: Sequence[Target], capacity: int) -> torch.Tensor:

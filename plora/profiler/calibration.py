@@ -77,7 +77,7 @@ def calibration_rounds(memory: MemoryModel, cost: StepCost, free_bytes: int) -> 
         is_light = params * cost.per_param <= OPTIMIZER_SECONDS and size <= free_bytes // 4
         if tokens and (is_light or ranks == PACKS[-1]):
             spec = memory.spec
-            longest = min(LONG, spec.max_positions, spec.sliding_window or LONG)
+            longest = min(LONG, spec.longest_sequence)
             return Calibration(ranks, tuple(dict.fromkeys(_rounds(len(ranks), tokens, longest))))
     return None
 

@@ -11,7 +11,7 @@ Shapes: ``N`` rows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -20,6 +20,7 @@ import torch
 from plora.models.base import BaseModel
 from plora.models.cache import KVCache
 from plora.modules.packed import PackedAdapters
+from plora.training.graphs import capture
 
 log = logging.getLogger(__name__)
 
@@ -46,27 +47,6 @@ class Graph(Protocol):
 def can_capture(base: BaseModel, packed: PackedAdapters) -> bool:
     """Whether decode steps run as CUDA graphs: where the CUDA kernels run, which read all that differs from tensors."""
     return packed.work_counts is not None and base.device.type == "cuda"
-
-
-def capture(step: Callable[[], None], device: torch.device) -> Graph:
-    """A CUDA graph of what ``step`` launches; nothing of it runs on the device yet.
-
-    Its pool of memory holds what an eager step takes for a while: activations and logits of one token a row, which is
-    megabytes. torch gives back what that step has left in its cache before the capture, so the memory model, which
-    plans the cache and the logits, need not know of it.
-
-    Raises:
-        RuntimeError: if the step does what cannot be captured, such as waiting for the device.
-        torch.OutOfMemoryError: if there is no memory for the activations.
-    """
-    graph = torch.cuda.CUDAGraph()
-    # The outer context, because a capture that fails would leave its own stream behind as the current one.
-    with (
-        torch.cuda.stream(torch.cuda.current_stream(device)),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
-    ):
-        step()
-    return graph
 
 
 class Decoder:
@@ -160,6 +140,9 @@ class Steps:
         self.tokens.copy_(base.logits(hidden).argmax(dim=-1))
 
     def _capture(self) -> None:
+        # The graph's pool of memory holds what an eager step takes for a while: activations and logits of one token a
+        # row, which is megabytes. torch gives back what that step has left in its cache before the capture, so the
+        # memory model, which plans the cache and the logits, need not know of it.
         lengths = self._cache.host_lengths
         try:
             self._graph = capture(self._step, self._decoder.base.device)

@@ -101,7 +101,7 @@ def generate(
 
 
 def _limit(base: BaseModel, prompt: Prompt, max_new_tokens: int) -> int:
-    positions = min(base.spec.max_positions, base.spec.sliding_window or base.spec.max_positions)
+    positions = base.spec.longest_sequence
     room = positions - len(prompt.tokens) + 1
     if not len(prompt.tokens) or room < 1:
         raise ValueError(

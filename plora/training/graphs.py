@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,28 @@ def small_microbatches(
     if not most_tokens or packed.work_counts is None:
         return None
     return MicrobatchGraphs(base, packed, most_tokens, compile_loss=compile_loss, graph_cost=graph_cost)
+
+
+def capture(step: Callable[[], None], device: torch.device, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what ``step`` launches; nothing of it runs on the device yet.
+
+    Args:
+        step: may write to tensors that keep their place.
+        device: where it launches.
+        pool: of memory, shared with other graphs; None for one of its own.
+
+    Raises:
+        RuntimeError: if the step does what cannot be captured, such as waiting for the device.
+        torch.OutOfMemoryError: if there is no memory for what it allocates.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # The outer context, because a capture that fails would leave its own stream behind as the current one.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        step()
+    return graph
 
 
 def differentiate(
@@ -243,15 +265,12 @@ class MicrobatchGraphs:
         if not self.captured:
             # torch forgets a pool with its last graph.
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+
+        def run() -> None:
+            entry.losses = self._differentiate(entry)
+
         try:
-            # The outer context, because a capture that fails would leave its own stream behind as the current one.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream(self.base.device)),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            ):
-                entry.losses = self._differentiate(entry)
-            entry.graph = graph
+            entry.graph = capture(run, self.base.device, self._pool)
         except torch.OutOfMemoryError:
             self.most_tokens = len(entry.inputs.tokens) - 1
             self._entries.clear()  # what was allocated goes with the pool
