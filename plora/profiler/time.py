@@ -3,11 +3,12 @@
 For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens that are computed at
 rank ``r_i`` (:func:`~plora.modules.config.computed_rank`):
 
-    T = max(m * floor, m * a + b * N + c * sum_i n_i r_i + h * L + q * S + e * K) + o * P + o0
+    T = max(m * floor, m * a + b * max(N, m * step) + c * sum_i n_i r_i + h * L + q * S + e * K) + o * P + o0
 
-``L`` are the labelled tokens, the only ones that the output head and the loss are computed for; ``S`` is the sum of the
-squared lengths of the sequences, for attention; ``P`` are the adapters' parameters on the device (the optimizer step
-passes over them). The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
+Matrix products of fewer tokens than ``step`` take no less than those of so many: they wait for the weights. ``L`` are
+the labelled tokens, the only ones that the output head and the loss are computed for; ``S`` is the sum of the squared
+lengths of the sequences, for attention; ``P`` are the adapters' parameters on the device (the optimizer step passes over
+them). The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
 (:func:`estimate`).
 
 A process loads the base and compiles its layers once (``load``, ``compile``); each job of it makes its pack and warms
@@ -72,7 +73,7 @@ class StepCost:
         per_label: ``h``.
         per_square: ``q``.
         token_step: what matrix products round a microbatch's tokens up to. A plan knows tokens on average, for which
-            ``per_microbatch`` has half a step in it.
+            ``per_microbatch`` has half a step in it. A microbatch costs what one of a step's tokens does, or more.
         per_eval_token: forward pass alone, without the head.
         per_generated_token: one token of one row in packed generation, beside ``per_decode_step``.
         per_decode_step: one more token for all rows of a batch, however many they are.
@@ -128,6 +129,7 @@ class StepCost:
         """Seconds of one round of so many tokens on average, from their ``extra`` seconds; otherwise as
         :meth:`round_seconds`.
         """
+        tokens = max(tokens, microbatches * self.token_step)
         work = microbatches * self.per_microbatch + tokens * self.per_token + extra + adapters * self.per_adapter
         return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
 

@@ -157,6 +157,15 @@ def test_rounds_of_just_so_many_tokens_cost_whole_steps() -> None:
     assert replace(cost, token_step=1).even_tokens(77, 3) == 77
 
 
+def test_products_of_few_tokens_wait_for_the_weights() -> None:
+    """Also where a plan knows tokens on average only."""
+    cost = replace(estimate(GPUS["h100"], SEVEN_B).cost(1), floor=0.0)
+    step = cost.token_step
+    full = cost.round_of(2 * step, 0.0, 1, 0.0, 2)
+    assert cost.round_of(40, 0.0, 1, 0.0, 2) == cost.round_seconds(40, 0.0, 1, 0.0, 2, labels=0) == full
+    assert cost.round_of(2 * step + 1, 0.0, 1, 0.0, 2) > full
+
+
 def test_a_cpu_computes_no_whole_tiles():
     cost = estimate_cpu(MemoryModel(ModelSpec.preset("HuggingFaceTB/SmolLM2-135M"), "fp32", device="cpu"), 1).cost(1)
     work = {"token_rank": 0.0, "adapters": 1, "params": 0.0, "microbatches": 1}
