@@ -37,7 +37,7 @@ GROUPS = {
     "llama3_1_8b": {"q,k,v": (4096, [4096, 1024, 1024]), "o": (4096, [4096]), "gate,up": (4096, [14336, 14336]),
                     "down": (14336, [4096])},
 }  # fmt: skip
-GROUP_KERNELS = ("down", "grad_down", "down_add")
+GROUP_KERNELS = ("down", "up_add", "grad_hidden_and_up", "grad_down", "down_add")
 MIXES = {"standard mix": STANDARD_MIX, "128 x r16": [16] * 128}
 SLOTS = (264, 396, 660, 792, 1188, 1584, 3168, 7128)
 ROTATED_BYTES = 150e6  # thrice the L2 cache of an H100
@@ -77,7 +77,7 @@ def copy_bandwidth() -> float:
 
 
 class Case:
-    """The kernels on ``Problem``s of a group, those of B on its first member, and plain torch's forms of them."""
+    """The kernels on ``Problem``s of a group, and plain torch's forms of them."""
 
     def __init__(self, d: int, outputs: list[int], ranks: list[int], counts: list[int]) -> None:
         sets = max(1, -(-int(ROTATED_BYTES) // (sum(counts) * d * 2)))
@@ -86,7 +86,7 @@ class Case:
         shape = (first.rows, first.members * first.columns)
         # hidden, and room for another
         self.state = [(p.random(*shape), p.random(*shape)) for p in self.problems]
-        self.out = [torch.empty_like(p.ys[0]) for p in self.problems]
+        self.outs = [[torch.empty_like(y) for y in p.ys] for p in self.problems]
         self.dx = [torch.empty_like(p.x) for p in self.problems]
 
     def floors(self, bandwidth: float) -> dict[str, float]:
@@ -94,11 +94,11 @@ class Case:
         first = self.problems[0]
         rows, n = first.tables.rows.diff()[:-1], first.members
         ranks, hidden = sum(first.ranks), int((rows * first.tables.rank).sum()) * 2
-        d, out = first.d * 2, first.widths[0] * 2
+        d, out = first.d * 2, sum(first.widths) * 2
         numbers = {
             "down": first.rows * d + n * (ranks * d + hidden),
-            "up_add": 2 * first.rows * out + ranks * out + hidden,
-            "grad_hidden_and_up": first.rows * out + 3 * ranks * out + 2 * hidden,
+            "up_add": 2 * first.rows * out + ranks * out + n * hidden,
+            "grad_hidden_and_up": first.rows * out + 3 * ranks * out + 2 * n * hidden,
             "grad_down": first.rows * d + n * (2 * ranks * d + hidden),
             "down_add": first.rows * d + n * (ranks * d + hidden),
         }
@@ -110,14 +110,14 @@ class Case:
 
     def up_add(self, i: int, slots: int = 0) -> None:
         p = self.problems[i]
-        hidden, offsets = p.of_member(self.state[i][0], 0), p.device_offsets[0]
-        cuda.up(p.ys[0], hidden, p.weight, self.out[i], p.work, offsets, p.token_index, slots=slots)
+        cuda.up(
+            p.ys, self.state[i][0], p.weight, self.outs[i], p.work, p.device_offsets, p.token_index, slots=slots
+        )  # fmt: skip
 
     def grad_hidden_and_up(self, i: int, clusters: bool | None = None, per_run: int = 0) -> None:
         p = self.problems[i]
-        hidden, dhidden = (p.of_member(t, 0) for t in self.state[i])
         cuda.grad_hidden_and_up(
-            p.dys[0], hidden, p.weight, dhidden, p.grad, p.work, p.device_offsets[0], p.token_index,
+            p.dys, self.state[i][0], p.weight, self.state[i][1], p.grad, p.work, p.device_offsets, p.token_index,
             clusters=clusters, clusters_per_run=per_run,
         )  # fmt: skip
 
@@ -128,23 +128,27 @@ class Case:
     def down_add(self, i: int, slots: int = 0) -> None:
         p = self.problems[i]
         hidden, offsets = self.state[i][0], p.device_offsets
-        cuda.up(None, hidden, p.weight, self.dx[i], p.work, offsets, p.token_index, backward=True, slots=slots)
+        cuda.up([None], hidden, p.weight, [self.dx[i]], p.work, offsets, p.token_index, backward=True, slots=slots)
 
     def one_by_one(self) -> dict[str, float]:
-        """The group's three kernels in a launch for each member; all but the first add to dx."""
+        """The group's kernels in a launch for each member; in `down_add` all but the first add to dx."""
 
         def run(i: int, kernel: str) -> None:
             p = self.problems[i]
             for m, offsets in enumerate(p.device_offsets.unbind()):
-                hidden = p.of_member(self.state[i][0], m)
+                hidden, other = (p.of_member(t, m) for t in self.state[i])
+                where = (p.work, offsets, p.token_index)
                 if kernel == "down":
-                    cuda.down(p.x, p.weight, p.of_member(self.state[i][1], m), p.work, offsets, p.token_index)
+                    cuda.down(p.x, p.weight, other, *where)
+                elif kernel == "up_add":
+                    cuda.up(p.ys[m : m + 1], hidden, p.weight, self.outs[i][m : m + 1], *where)
+                elif kernel == "grad_hidden_and_up":
+                    cuda.grad_hidden_and_up(p.dys[m : m + 1], hidden, p.weight, other, p.grad, *where)
                 elif kernel == "grad_down":
-                    cuda.grad_factor(p.x, hidden, p.grad, p.work, offsets, p.token_index)
+                    cuda.grad_factor(p.x, hidden, p.grad, *where)
                 else:
                     dx = self.dx[i]
-                    y = dx if m else None
-                    cuda.up(y, hidden, p.weight, dx, p.work, offsets, p.token_index, backward=True)
+                    cuda.up([dx if m else None], hidden, p.weight, [dx], *where, backward=True)
 
         return {kernel: self.time(lambda i, k=kernel: run(i, k)) for kernel in GROUP_KERNELS}  # type: ignore[misc]
 
@@ -187,7 +191,7 @@ class Case:
 
         def forward(i: int) -> None:
             p = self.problems[i]
-            for x, y, out, (a, b, _) in zip(split(p.x), split(p.ys[0]), split(self.out[i]), sets[i], strict=True):
+            for x, y, out, (a, b, _) in zip(split(p.x), split(p.ys[0]), split(self.outs[i][0]), sets[i], strict=True):
                 torch.baddbmm(y, torch.bmm(x, a), b, alpha=2.0, out=out)
 
         def backward(i: int) -> None:
@@ -248,14 +252,13 @@ def bench_kernels(records: Records, bandwidth: float) -> None:
 
 
 def bench_groups(records: Records, bandwidth: float) -> None:
-    """The passes over x and dx of linears that share an input: in one launch, and in one for each."""
+    """The passes of linears that share an input: in one launch, and in one for each."""
     for model, groups in GROUPS.items():
         for mix, ranks in MIXES.items():
             for name, (d, outputs) in groups.items():
                 if len(outputs) == 1:
                     continue
-                # The outputs' widths do not enter.
-                case = Case(d, [16] * len(outputs), ranks, ragged(TOKENS, len(ranks)))
+                case = Case(d, outputs, ranks, ragged(TOKENS, len(ranks)))
                 label = f"{model}/{mix}/{name}"
                 show_kernels(records, label, case, bandwidth, GROUP_KERNELS)
                 for kernel, took in case.one_by_one().items():
@@ -289,15 +292,13 @@ def linear_times(d: int, outputs: list[int], ranks: list[int], counts: list[int]
 
     def packed(p: Problem) -> None:
         forward(p)
-        members = [(p.of_member(hidden, m), p.of_member(dhidden, m), p.device_offsets[m]) for m in range(p.members)]
-        cuda.down(p.x, p.weight, hidden, p.work, p.device_offsets, p.token_index)
-        for y, (low, _, offsets) in zip(ys, members, strict=True):
-            cuda.up(y, low, p.weight, y, p.work, offsets, p.token_index)
-        for dy, (low, dlow, offsets) in zip(p.dys, members, strict=True):
-            cuda.grad_hidden_and_up(dy, low, p.weight, dlow, p.grad, p.work, offsets, p.token_index)
-        cuda.grad_factor(p.x, dhidden, p.grad, p.work, p.device_offsets, p.token_index)
+        where = (p.work, p.device_offsets, p.token_index)
+        cuda.down(p.x, p.weight, hidden, *where)
+        cuda.up(ys, hidden, p.weight, ys, *where)
+        cuda.grad_hidden_and_up(p.dys, hidden, p.weight, dhidden, p.grad, *where)
+        cuda.grad_factor(p.x, dhidden, p.grad, *where)
         backward(p)
-        cuda.up(dx, dhidden, p.weight, dx, p.work, p.device_offsets, p.token_index, backward=True)
+        cuda.up([dx], dhidden, p.weight, [dx], *where, backward=True)
 
     calls = {"frozen": frozen, "plora": packed}
     return {name: microseconds([lambda p=p, c=c: c(p) for p in problems]) for name, c in calls.items()}  # type: ignore[misc]

@@ -67,14 +67,12 @@ class Case:
         out = [torch.empty_like(self.act) for _ in range(2)]
 
         def forward(p: SwigluProblem) -> None:
-            ups = zip((p.gate, p.up), p.hidden.split(p.columns, 1), out, p.device_offsets, strict=False)
-            for y, hidden, into, offsets in ups:
-                cuda.up(y, hidden, p.weight, into, p.work, offsets, p.token_index)
+            cuda.up([p.gate, p.up], p.hidden, p.weight, out, p.work, p.device_offsets[:2], p.token_index)
             cuda.down(silu(*out), p.weight, self.hidden_down, p.work, p.device_offsets[2:], p.token_index)
 
         def backward(p: SwigluProblem) -> None:
             down = p.device_offsets[2:]
-            cuda.up(p.dact, p.dhidden_down, p.weight, out[0], p.work, down, p.token_index, backward=True)
+            cuda.up([p.dact], p.dhidden_down, p.weight, out[:1], p.work, down, p.token_index, backward=True)
             dgate, dup, act = slopes(out[0], p.gate, p.up)
             cuda.grad_factor(act, p.dhidden_down, p.grad, p.work, down, p.token_index)
             cuda.lora_up_backward([dgate, dup], p.hidden, p.weight, p.grad, p.work, p.device_offsets[:2], p.token_index)

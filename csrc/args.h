@@ -60,7 +60,7 @@ struct DownArgs {
   bool use_dropout, use_scale;
 };
 
-// out = y + residual + mask * scale * hidden F, summed over the members.
+// out = y + residual + mask * scale * hidden F, summed over the schedule's members.
 struct UpArgs {
   Schedule schedule;
   const void* y;         // null: zero
@@ -94,11 +94,19 @@ struct GradHiddenArgs {
   float* sums;        // zero, and left so
   int32_t* counters;  // kCluster * count, zero, and left so
   int64_t width, hidden_stride;
-  int clusters_per_run;  // that share the columns; 0: as suits the device
+  int clusters;  // that share the columns; 0: as suits the device
 };
 
 constexpr int kCluster = 8;
 constexpr int kMostMembers = 3, kMostRank = 256;
+
+// Linears that one launch makes the outputs, or takes the gradients of the outputs, of: blockIdx.z is which.
+template <class Args>
+struct Each {
+  Args of[kMostMembers];
+  int count;
+};
+
 // Blocks that share the width of `down`, at most: what the workspace is made for.
 constexpr int kMaxSplits = 16, kMaxGroupSplits = 8;
 constexpr int max_splits(int members) { return members > 1 ? kMaxGroupSplits : kMaxSplits; }
@@ -109,10 +117,10 @@ int up_slots(int64_t width, int count);
 
 // Each returns a cudaError_t; `stream` is a cudaStream_t.
 int down(const DownArgs& args, void* stream);
-int up(const UpArgs& args, void* stream);
+int up(const Each<UpArgs>& linears, void* stream);
 int grad_factor(const GradFactorArgs& args, void* stream);
 // `clusters`: the form for sm_90 and later, which `has_clusters` says the current device is.
-int grad_hidden(const GradHiddenArgs& args, bool clusters, void* stream);
+int grad_hidden(Each<GradHiddenArgs> linears, bool clusters, void* stream);
 bool has_clusters();
 const char* error_string(int error);
 

@@ -5,7 +5,7 @@
 namespace plora {
 void bind_adamw(pybind11::module_& m);
 void bind_swiglu(pybind11::module_& m);
-}
+}  // namespace plora
 
 namespace {
 
@@ -49,34 +49,48 @@ void down(const Tensor& x, const Tensor& factors, Tensor hidden, const Tensor& p
   launched(plora::down(args, stream()), "down", x.size(0), args.width, args.hidden_stride, count);
 }
 
-void up(const std::optional<Tensor>& y, const Tensor& hidden, const Tensor& factors, Tensor out, const Tensor& pieces,
-        int64_t first, int64_t count, int64_t most_share, const Tensor& offsets, bool second, const Tensor& token_index,
-        bool use_dropout, bool use_scale, int64_t slots, const std::optional<Tensor>& residual) {
-  check(out, "out", at::kBFloat16, 2, out);
-  const c10::cuda::CUDAGuard guard(out.device());
-  if (y) {
-    check(*y, "y", at::kBFloat16, 2, out);
-    require(y->sizes() == out.sizes(), "y must have shape ", out.sizes(), ", got ", y->sizes());
+// `outs` of several linears: each has a row of `offsets` and its columns of `hidden`. Of one: it takes all members'.
+void up(const std::vector<std::optional<Tensor>>& ys, const Tensor& hidden, const Tensor& factors,
+        std::vector<Tensor> outs, const Tensor& pieces, int64_t first, int64_t count, int64_t most_share,
+        const Tensor& offsets, bool second, const Tensor& token_index, bool use_dropout, bool use_scale, int64_t slots,
+        const std::optional<Tensor>& residual) {
+  const int64_t linears = check_linears(outs.size(), "out", ys.size(), "y", offsets);
+  const Tensor& beside = outs[0];
+  require(!residual || linears == 1, "residual is added to the output of one linear, got ", linears);
+  check_kind(beside, "out", at::kBFloat16, 2, beside);
+  const c10::cuda::CUDAGuard guard(beside.device());
+  check_hidden(hidden, "hidden", beside.size(0), beside);
+  check(factors, "factors", at::kBFloat16, 1, beside);
+  plora::Each<plora::UpArgs> each{};
+  each.count = static_cast<int>(linears);
+  for (int64_t i = 0; i < linears; ++i) {
+    Tensor& out = outs[i];
+    const std::optional<Tensor>& y = ys[i];
+    check(out, "out", at::kBFloat16, 2, beside);
+    check_rows(out, "out", beside.size(0));
+    if (y) {
+      check(*y, "y", at::kBFloat16, 2, out);
+      require(y->sizes() == out.sizes(), "y must have shape ", out.sizes(), ", got ", y->sizes());
+    }
+    if (residual) {
+      check(*residual, "residual", at::kBFloat16, 2, out);
+      require(residual->sizes() == out.sizes(), "residual must have shape ", out.sizes(), ", got ", residual->sizes());
+    }
+    plora::UpArgs& args = each.of[i];
+    args.schedule = schedule(pieces, count, offsets, second, token_index, out.size(0), out, hidden.size(1), first);
+    if (linears > 1) pick(args.schedule, i);
+    args.y = y ? y->const_data_ptr() : nullptr;
+    args.residual = residual ? residual->const_data_ptr() : nullptr;
+    args.hidden = own_columns(hidden, i, linears);
+    args.factors = factors.const_data_ptr();
+    args.out = out.mutable_data_ptr();
+    args.width = out.size(1);
+    args.hidden_stride = hidden.stride(0);
+    split(args, slots > 0 ? slots : plora::up_slots(args.width, args.schedule.count), most_share, 65535);
+    args.use_dropout = use_dropout;
+    args.use_scale = use_scale;
   }
-  if (residual) {
-    check(*residual, "residual", at::kBFloat16, 2, out);
-    require(residual->sizes() == out.sizes(), "residual must have shape ", out.sizes(), ", got ", residual->sizes());
-  }
-  check_hidden(hidden, "hidden", out.size(0), out);
-  check(factors, "factors", at::kBFloat16, 1, out);
-  plora::UpArgs args{};
-  args.schedule = schedule(pieces, count, offsets, second, token_index, out.size(0), out, hidden.size(1), first);
-  args.y = y ? y->const_data_ptr() : nullptr;
-  args.residual = residual ? residual->const_data_ptr() : nullptr;
-  args.hidden = hidden.const_data_ptr();
-  args.factors = factors.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.width = out.size(1);
-  args.hidden_stride = hidden.stride(0);
-  split(args, slots > 0 ? slots : plora::up_slots(args.width, args.schedule.count), most_share, 65535);
-  args.use_dropout = use_dropout;
-  args.use_scale = use_scale;
-  launched(plora::up(args, stream()), "up", out.size(0), args.width, args.hidden_stride, count);
+  launched(plora::up(each, stream()), "up", beside.size(0), beside.size(1), hidden.stride(0), count);
 }
 
 void grad_factor(const Tensor& x, const Tensor& hidden, Tensor grad, const Tensor& pieces, int64_t first, int64_t count,
@@ -97,41 +111,51 @@ void grad_factor(const Tensor& x, const Tensor& hidden, Tensor grad, const Tenso
   launched(plora::grad_factor(args, stream()), "grad_factor", x.size(0), args.width, args.hidden_stride, count);
 }
 
-void grad_hidden(const Tensor& dy, const Tensor& hidden, const Tensor& factors, Tensor grad_hidden, Tensor grad,
-                 const Tensor& pieces, int64_t count, const Tensor& offsets, bool second, const Tensor& token_index,
+void grad_hidden(const std::vector<Tensor>& dys, const Tensor& hidden, const Tensor& factors, Tensor grad_hidden,
+                 Tensor grad, const Tensor& pieces, int64_t count, const Tensor& offsets, const Tensor& token_index,
                  Tensor sums, Tensor counters, int64_t blocks, bool clusters, int64_t clusters_per_run) {
-  check(dy, "dy", at::kBFloat16, 2, dy);
-  const c10::cuda::CUDAGuard guard(dy.device());
-  check_hidden(hidden, "hidden", dy.size(0), dy);
-  check_hidden(grad_hidden, "grad_hidden", dy.size(0), dy);
+  const int64_t linears = check_linears(dys.size(), "dy", dys.size(), "dy", offsets);
+  const Tensor& beside = dys[0];
+  check_kind(beside, "dy", at::kBFloat16, 2, beside);
+  const c10::cuda::CUDAGuard guard(beside.device());
+  check_hidden(hidden, "hidden", beside.size(0), beside);
+  check_hidden(grad_hidden, "grad_hidden", beside.size(0), beside);
   require(grad_hidden.sizes() == hidden.sizes(), "grad_hidden must have shape ", hidden.sizes(), ", got ",
           grad_hidden.sizes());
   require(grad_hidden.size(0) < 2 || grad_hidden.stride(0) == hidden.stride(0), "grad_hidden must have strides ",
           hidden.strides(), ", got ", grad_hidden.strides());
-  check(factors, "factors", at::kBFloat16, 1, dy);
-  check(grad, "grad", at::kFloat, 1, dy);
-  check(sums, "sums", at::kFloat, 1, dy);
-  check(counters, "counters", at::kInt, 1, dy);
+  check(factors, "factors", at::kBFloat16, 1, beside);
+  check(grad, "grad", at::kFloat, 1, beside);
+  check(sums, "sums", at::kFloat, 1, beside);
+  check(counters, "counters", at::kInt, 1, beside);
   require(grad.numel() == factors.numel(), "grad must have ", factors.numel(), " elements, got ", grad.numel());
-  require(sums.numel() >= blocks * plora::kScratchBlock, "sums must have ", blocks * plora::kScratchBlock,
-          " elements, got ", sums.numel());
-  const int64_t most = clusters ? plora::kCluster * count : count;
-  require(counters.numel() >= most, "counters must have ", most, " elements, got ", counters.numel());
-  plora::GradHiddenArgs args{};
-  args.schedule = schedule(pieces, count, offsets, second, token_index, dy.size(0), dy, hidden.size(1));
-  require(args.schedule.members == 1, "offsets must be of one linear, got shape ", offsets.sizes());
-  args.dy = dy.const_data_ptr();
-  args.hidden = hidden.const_data_ptr();
-  args.factors = factors.const_data_ptr();
-  args.grad_hidden = grad_hidden.mutable_data_ptr();
-  args.grad = grad.mutable_data_ptr<float>();
-  args.sums = sums.mutable_data_ptr<float>();
-  args.counters = counters.mutable_data_ptr<int32_t>();
-  args.width = dy.size(1);
-  args.hidden_stride = hidden.stride(0);
-  args.clusters_per_run = static_cast<int>(clusters_per_run);
-  launched(plora::grad_hidden(args, clusters, stream()), "grad_hidden", dy.size(0), args.width, args.hidden_stride,
-           count);
+  const int64_t own_sums = blocks * plora::kScratchBlock, own_counters = clusters ? plora::kCluster * count : count;
+  require(sums.numel() >= linears * own_sums, "sums must have ", linears * own_sums, " elements, got ", sums.numel());
+  require(counters.numel() >= linears * own_counters, "counters must have ", linears * own_counters, " elements, got ",
+          counters.numel());
+  plora::Each<plora::GradHiddenArgs> each{};
+  each.count = static_cast<int>(linears);
+  for (int64_t i = 0; i < linears; ++i) {
+    const Tensor& dy = dys[i];
+    check(dy, "dy", at::kBFloat16, 2, beside);
+    check_rows(dy, "dy", beside.size(0));
+    plora::GradHiddenArgs& args = each.of[i];
+    args.schedule = schedule(pieces, count, offsets, true, token_index, dy.size(0), dy, hidden.size(1));
+    require(args.schedule.members == linears, "offsets must be of ", linears, " linears, got shape ", offsets.sizes());
+    pick(args.schedule, i);
+    args.dy = dy.const_data_ptr();
+    args.hidden = own_columns(hidden, i, linears);
+    args.factors = factors.const_data_ptr();
+    args.grad_hidden = const_cast<void*>(own_columns(grad_hidden, i, linears));
+    args.grad = grad.mutable_data_ptr<float>();
+    args.sums = sums.mutable_data_ptr<float>() + i * own_sums;
+    args.counters = counters.mutable_data_ptr<int32_t>() + i * own_counters;
+    args.width = dy.size(1);
+    args.hidden_stride = hidden.stride(0);
+    args.clusters = static_cast<int>(clusters_per_run);
+  }
+  launched(plora::grad_hidden(each, clusters, stream()), "grad_hidden", beside.size(0), beside.size(1),
+           hidden.stride(0), count);
 }
 
 }  // namespace
@@ -152,16 +176,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("down", &down, "hidden = scale? * dropout(x) F^T", arg("x"), arg("factors"), arg("hidden"), arg("pieces"),
         arg("first"), arg("count"), arg("most_share"), arg("offsets"), arg("second"), arg("token_index"),
         arg("partials"), arg("counters"), arg("blocks"), arg("use_dropout"), arg("use_scale"), arg("slots") = 0);
-  m.def("up", &up, "out = y + residual + mask * scale? * hidden F", arg("y"), arg("hidden"), arg("factors"), arg("out"),
-        arg("pieces"), arg("first"), arg("count"), arg("most_share"), arg("offsets"), arg("second"), arg("token_index"),
-        arg("use_dropout"), arg("use_scale"), arg("slots") = 0, arg("residual") = pybind11::none());
+  m.def("up", &up, "out = y + residual + mask * scale? * hidden F", arg("ys"), arg("hidden"), arg("factors"),
+        arg("outs"), arg("pieces"), arg("first"), arg("count"), arg("most_share"), arg("offsets"), arg("second"),
+        arg("token_index"), arg("use_dropout"), arg("use_scale"), arg("slots") = 0, arg("residual") = pybind11::none());
   m.def("grad_factor", &grad_factor, "grad += scale? * hidden^T dropout(x)", arg("x"), arg("hidden"), arg("grad"),
         arg("pieces"), arg("first"), arg("count"), arg("offsets"), arg("second"), arg("token_index"),
         arg("use_dropout"), arg("use_scale"));
-  m.def("grad_hidden", &grad_hidden, "grad_hidden = scale * dy F^T, grad += scale * hidden^T dy", arg("dy"),
+  m.def("grad_hidden", &grad_hidden, "grad_hidden = scale * dy F^T, grad += scale * hidden^T dy", arg("dys"),
         arg("hidden"), arg("factors"), arg("grad_hidden"), arg("grad"), arg("pieces"), arg("count"), arg("offsets"),
-        arg("second"), arg("token_index"), arg("sums"), arg("counters"), arg("blocks"), arg("clusters"),
-        arg("clusters_per_run") = 0);
+        arg("token_index"), arg("sums"), arg("counters"), arg("blocks"), arg("clusters"), arg("clusters_per_run") = 0);
   m.def("has_clusters", &plora::has_clusters, "whether the current device is of sm_90 or later");
   plora::bind_adamw(m);
   plora::bind_swiglu(m);

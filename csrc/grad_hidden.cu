@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "grad_hidden.cuh"
 #include "grad_hidden_cluster.cuh"
 
@@ -5,27 +7,36 @@ namespace plora {
 
 namespace {
 
-// As many as give each multiprocessor two blocks. On an H100 twice that made the whole half as slow again:
-// each cluster must wait for its additions to grad F before its blocks may add up grad_hidden.
-int clusters_per_run(const GradHiddenArgs& args) {
+// As many as give each multiprocessor two blocks, of linears that share it by their widths. On an H100 twice that made
+// the whole half as slow again: each cluster must wait for its additions to grad F before its blocks may add up
+// grad_hidden.
+int clusters_of(const GradHiddenArgs& args, int64_t widths) {
   const int most = ceil_div(ceil_div(args.width, kPanel), kCluster);
-  const int wanted =
-      args.clusters_per_run > 0 ? args.clusters_per_run : 2 * multiprocessors() / (kCluster * args.schedule.count);
-  return wanted < 1 ? 1 : wanted > most ? most : wanted;
+  const int64_t fitting = 2 * multiprocessors() * args.width / (widths * kCluster * args.schedule.count);
+  const int64_t wanted = args.clusters > 0 ? args.clusters : fitting;
+  return wanted < 1 ? 1 : wanted > most ? most : static_cast<int>(wanted);
 }
 
 }  // namespace
 
-int grad_hidden(const GradHiddenArgs& args, bool clusters, void* stream) {
-  if (args.schedule.count == 0) return cudaSuccess;
-  const bool vector = args.width % 8 == 0 && on_16_bytes(args.dy) && on_16_bytes(args.factors);
-  if (clusters) {
-    return launch(vector ? grad_hidden_cluster_kernel<true> : grad_hidden_cluster_kernel<false>, args,
-                  dim3(kCluster * clusters_per_run(args), args.schedule.count), kGradThreads, &Tuned::grad_hidden,
-                  stream, kCluster);
+int grad_hidden(Each<GradHiddenArgs> linears, bool clusters, void* stream) {
+  dim3 grid(0, linears.of[0].schedule.count, linears.count);
+  if (grid.y == 0) return cudaSuccess;
+  int64_t widths = 0;
+  for (int i = 0; i < linears.count; ++i) widths += linears.of[i].width;
+  bool vector = true;
+  for (int i = 0; i < linears.count; ++i) {
+    GradHiddenArgs& args = linears.of[i];
+    args.clusters = clusters_of(args, widths);
+    const int blocks = clusters ? kCluster * args.clusters : ceil_div(args.width, kGradColumns);
+    grid.x = std::max<unsigned>(grid.x, blocks);
+    vector &= args.width % 8 == 0 && on_16_bytes(args.dy) && on_16_bytes(args.factors);
   }
-  const dim3 grid(ceil_div(args.width, kGradColumns), args.schedule.count);
-  return launch(vector ? grad_hidden_kernel<true> : grad_hidden_kernel<false>, args, grid, kGradThreads,
+  if (clusters) {
+    return launch(vector ? grad_hidden_cluster_kernel<true> : grad_hidden_cluster_kernel<false>, linears, grid,
+                  kGradThreads, &Tuned::grad_hidden, stream, kCluster);
+  }
+  return launch(vector ? grad_hidden_kernel<true> : grad_hidden_kernel<false>, linears, grid, kGradThreads,
                 &Tuned::grad_hidden, stream);
 }
 

@@ -61,7 +61,7 @@ struct GradHiddenTile {
       accumulate_factor_grad<kRank>(sums, stage + kDy, stage, warp * 16, [](Fragment&, int) {});
     }
     // First, because to arrive is to wait for one's additions to be seen, and those to grad F come from afar.
-    const bool last = arrives_last(args.counters + blockIdx.y, gridDim.x);
+    const bool last = arrives_last(args.counters + blockIdx.y, ceil_div(args.width, kGradColumns));
     add_to_factor_grad<kRank / 16, 2>(args.grad + offset, args.width, piece.ranks, column + warp * 16, sums,
                                       piece.scale);
     if (!last) return;
@@ -112,7 +112,9 @@ struct GradHiddenTile {
 };
 
 template <bool kVector>
-__global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_kernel(const GradHiddenArgs args) {
+__global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_kernel(const __grid_constant__ Each<GradHiddenArgs> linears) {
+  const GradHiddenArgs& args = linears.of[blockIdx.z];
+  if (static_cast<int64_t>(blockIdx.x) * kGradColumns >= args.width) return wait_for_previous_kernel();
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
   wait_for_previous_kernel();

@@ -42,9 +42,10 @@ struct GradHiddenCluster {
   __device__ static void run(const GradHiddenArgs& args, const Piece& piece, int64_t begin, bf16* shared) {
     const int64_t offset = begin + piece.rank_begin * args.width;
     const int columns = ceil_div(args.width, kPanel), parts = piece.rows > kPartRows ? 2 : 1;
-    const int panels = max(ceil_div(columns - static_cast<int>(blockIdx.x), gridDim.x), 0), steps = panels * parts;
+    const int blocks = args.clusters * kCluster;
+    const int panels = max(ceil_div(columns - static_cast<int>(blockIdx.x), blocks), 0), steps = panels * parts;
     // Neighbouring columns go to different blocks, which then read whole pages of memory together.
-    const auto column_of = [](int panel) { return static_cast<int>(blockIdx.x + panel * gridDim.x) * kPanel; };
+    const auto column_of = [&](int panel) { return (static_cast<int>(blockIdx.x) + panel * blocks) * kPanel; };
     const bf16* dy = static_cast<const bf16*>(args.dy) + piece.row * args.width;
     const bf16* from = static_cast<const bf16*>(args.factors) + offset;
     const bf16* hidden_from = static_cast<const bf16*>(args.hidden) + piece.row * args.hidden_stride + piece.rank_begin;
@@ -177,7 +178,7 @@ struct GradHiddenCluster {
     }
     cluster.sync();
     const int share = parts * (kRank / 8) * kGradThreads / kCluster, rank = blockIdx.x % kCluster;
-    const int clusters = gridDim.x / kCluster;
+    const int clusters = args.clusters;
     bf16* out = static_cast<bf16*>(args.grad_hidden) + piece.row * args.hidden_stride + piece.rank_begin;
     float* all = args.sums + static_cast<int64_t>(piece.scratch) * kScratchBlock;
     // Undoes the order of the fragments: the row and column of the first of the four sums at `at`.
@@ -227,13 +228,15 @@ struct GradHiddenCluster {
 };
 
 template <bool kVector>
-__global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_cluster_kernel(const GradHiddenArgs args) {
+__global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_cluster_kernel(const __grid_constant__ Each<GradHiddenArgs> linears) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const GradHiddenArgs& args = linears.of[blockIdx.z];
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
   const int64_t begin = piece.rows > 0 && piece.slot >= 0 ? __ldg(args.schedule.begin + piece.slot) : -1;
   wait_for_previous_kernel();
-  if (begin < 0) return;  // the same for the whole cluster
+  // The same for the whole cluster.
+  if (begin < 0 || static_cast<int>(blockIdx.x) >= args.clusters * kCluster) return;
   with_rank_class<kWalkRanks>(piece.ranks, [&](auto rank) {
     GradHiddenCluster<rank>::template run<kVector>(args, piece, begin, reinterpret_cast<bf16*>(shared));
   });

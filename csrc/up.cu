@@ -1,14 +1,21 @@
+#include <algorithm>
+
 #include "up.cuh"
 
 namespace plora {
 
-int up(const UpArgs& args, void* stream) {
-  const dim3 grid(args.splits, args.schedule.count);
-  const bool vector = args.width % 8 == 0 && on_16_bytes(args.y) && on_16_bytes(args.residual) &&
-                      on_16_bytes(args.factors) && on_16_bytes(args.out);
-  const auto kernel = args.residual ? (vector ? up_kernel<true, true> : up_kernel<false, true>)
-                                    : (vector ? up_kernel<true, false> : up_kernel<false, false>);
-  return launch(kernel, args, grid, kUpThreads, &Tuned::up, stream);
+int up(const Each<UpArgs>& linears, void* stream) {
+  dim3 grid(0, linears.of[0].schedule.count, linears.count);
+  bool vector = true;
+  for (int i = 0; i < linears.count; ++i) {
+    const UpArgs& args = linears.of[i];
+    grid.x = std::max<unsigned>(grid.x, args.splits);
+    vector &= args.width % 8 == 0 && on_16_bytes(args.y) && on_16_bytes(args.residual) && on_16_bytes(args.factors) &&
+              on_16_bytes(args.out);
+  }
+  const auto kernel = linears.of[0].residual ? (vector ? up_kernel<true, true> : up_kernel<false, true>)
+                                             : (vector ? up_kernel<true, false> : up_kernel<false, false>);
+  return launch(kernel, linears, grid, kUpThreads, &Tuned::up, stream);
 }
 
 int up_slots(int64_t width, int count) {

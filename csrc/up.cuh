@@ -219,7 +219,8 @@ struct UpTile {
 };
 
 template <bool kVector, bool kResidual>
-__global__ void __launch_bounds__(kUpThreads, 3) up_kernel(const UpArgs args) {
+__global__ void __launch_bounds__(kUpThreads, 3) up_kernel(const __grid_constant__ Each<UpArgs> linears) {
+  const UpArgs& args = linears.of[blockIdx.z];
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
   Split split = split_of(piece, args.slots, gridDim.x);

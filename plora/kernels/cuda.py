@@ -31,7 +31,7 @@ def lora_down_grad_input(
 ) -> Tensor:
     """``dx = mask * sum_m dH_m A_m``, ``[T, width]``."""
     dx = dhidden.new_empty(dhidden.shape[0], width)
-    up(None, dhidden, weight, dx, work, offsets, token_index, backward=True)
+    up([None], dhidden, weight, [dx], work, offsets, token_index, backward=True)
     return dx
 
 
@@ -47,9 +47,7 @@ def lora_up(
 ) -> list[Tensor]:
     """``out_m = y_m + scale H_m B_m`` of each member, plus the residual; see ``ops.lora_up``."""
     outs = [torch.empty_like(y) for y in ys]
-    members = zip(ys, hidden.split(max_rank, 1), outs, offsets.unbind(), strict=True)
-    for y, own_hidden, out, own_offsets in members:
-        up(y, own_hidden, weight, out, work, own_offsets, token_index, residual=residual)
+    up(ys, hidden, weight, outs, work, offsets, token_index, residual=residual)
     return outs
 
 
@@ -64,13 +62,13 @@ def lora_up_backward(
 ) -> Tensor:
     """``dB_m += scale H_m^T dy_m`` into ``grad``; returns ``dH_m = scale dy_m B_m^T`` of all members, ``[T, n R]``."""
     dhidden, columns = torch.empty_like(hidden), hidden.shape[1] // len(dys)
+    if not torch.are_deterministic_algorithms_enabled():
+        grad_hidden_and_up(dys, hidden, weight, dhidden, grad, work, offsets, token_index)
+        return dhidden
     members = zip(dys, hidden.split(columns, 1), dhidden.split(columns, 1), offsets.unbind(), strict=True)
     for dy, own_hidden, own_dhidden, own_offsets in members:
-        if torch.are_deterministic_algorithms_enabled():
-            down(dy, weight, own_dhidden, work, own_offsets, token_index, backward=True)
-            grad_factor(dy, own_hidden, grad, work, own_offsets, token_index, backward=True)
-        else:
-            grad_hidden_and_up(dy, own_hidden, weight, own_dhidden, grad, work, own_offsets, token_index)
+        down(dy, weight, own_dhidden, work, own_offsets, token_index, backward=True)
+        grad_factor(dy, own_hidden, grad, work, own_offsets, token_index, backward=True)
     return dhidden
 
 
@@ -97,10 +95,10 @@ def down(
 
 
 def up(
-    y: Tensor | None,
+    ys: Sequence[Tensor | None],
     hidden: Tensor,
     weight: Tensor,
-    out: Tensor,
+    outs: Sequence[Tensor],
     work: Work,
     offsets: Tensor,
     token_index: Tensor,
@@ -108,20 +106,22 @@ def up(
     slots: int = 0,
     residual: Tensor | None = None,
 ) -> None:
-    """``out = y + scale hidden B^T`` of one linear, in backward ``y + mask * (hidden A)`` of a group for hidden = dh.
+    """``out_m = y_m + scale hidden_m B_m^T`` of each member of a group.
 
-    ``y`` may be ``out``; None is zero. ``residual``: added too. ``slots`` as in ``down``.
+    With ``backward`` a single ``y + mask * sum_m (hidden_m A_m)`` for hidden = dh.
+
+    ``ys`` may be ``outs``; None is zero. ``residual``: added to the only one of ``outs`` too. ``slots`` as in ``down``.
     """
-    members = _members(offsets)
+    members = _members(offsets) if backward else 1
     first, count, _ = work.tiles_of(members)
     kernels().up(
-        y, hidden, weight, out, work.tiles, first, count, work.most_share_of(members), offsets, not backward,
+        ys, hidden, weight, outs, work.tiles, first, count, work.most_share_of(members), offsets, not backward,
         token_index, backward, not backward, slots, residual,
     )  # fmt: skip
 
 
 def grad_hidden_and_up(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     hidden: Tensor,
     weight: Tensor,
     dhidden: Tensor,
@@ -132,7 +132,7 @@ def grad_hidden_and_up(
     clusters: bool | None = None,
     clusters_per_run: int = 0,
 ) -> None:
-    """``dhidden = scale dy B`` and ``dB += scale dy^T hidden`` of one linear, in one pass over dy.
+    """``dhidden_m = scale dy_m B_m`` and ``dB_m += scale dy_m^T hidden_m`` of a group, in one pass over each dy.
 
     ``clusters``: the form for compute capability 9.0 and later, or the one for all. Default: what the device has.
     ``clusters_per_run``: how many of them share the columns. Default: as many as fill the device.
@@ -141,7 +141,7 @@ def grad_hidden_and_up(
     clusters = kernels().has_clusters() if clusters is None else clusters
     pieces, count = (work.walks, counts.walks) if clusters else (work.runs, counts.runs[0])
     kernels().grad_hidden(
-        dy, hidden, weight, dhidden, grad, pieces, count, offsets, True, token_index, work.sums, work.counters,
+        dys, hidden, weight, dhidden, grad, pieces, count, offsets, token_index, work.sums, work.counters,
         counts.other_blocks, clusters, clusters_per_run,
     )  # fmt: skip
 

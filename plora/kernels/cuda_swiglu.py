@@ -69,7 +69,7 @@ def lora_swiglu_backward(
     given: Tensor | None = dhidden_down
     if has_dropout:
         dact0, dact, given = dact, torch.empty_like(dact), None
-        cuda.up(dact0, dhidden_down, weight, dact, work, down_offsets, token_index, backward=True)
+        cuda.up([dact0], dhidden_down, weight, [dact], work, down_offsets, token_index, backward=True)
     swiglu_pointwise_grad(dact, given, gate, up, hidden, weight, dgate, dup, act, work, offsets, down_offsets)
     cuda.grad_factor(act, dhidden_down, grad, work, down_offsets, token_index)
     dhidden = cuda.lora_up_backward([dgate, dup], hidden, weight, grad, work, offsets, token_index)
@@ -146,10 +146,7 @@ def swiglu_grad(
         work.walks, counts.walks, offsets, down_offsets, work.sums, work.counters, counts.other_blocks, steps,
     )  # fmt: skip
     if wide is not None and act is not None:
-        columns = hidden.shape[1] // 2
-        both = zip((dgate, dup), hidden.split(columns, 1), dhidden.split(columns, 1), offsets.unbind(), strict=True)
-        for dy, own_hidden, own_dhidden, own_offsets in both:
-            cuda.grad_hidden_and_up(dy, own_hidden, weight, own_dhidden, grad, wide, own_offsets, token_index)
+        cuda.grad_hidden_and_up([dgate, dup], hidden, weight, dhidden, grad, wide, offsets, token_index)
         cuda.grad_factor(act, dhidden_down, grad, wide, down_offsets, token_index)
 
 

@@ -239,9 +239,10 @@ class DeviceTables:
         alone, *grouped = counts.tile_blocks
         partials = max(alone * MAX_SPLITS, max(grouped) * MAX_GROUP_SPLITS)
         self._partials = _at_least(self._partials, partials * SCRATCH_BLOCK)
-        # Twice, because swiglu_grad makes dh of two linears at a time.
-        self._sums = _at_least(self._sums, 2 * counts.other_blocks * SCRATCH_BLOCK)
-        self._counters = _at_least(self._counters, max(*counts.tiles, counts.runs[0], CLUSTER * counts.walks))
+        # A launch of grad_hidden makes dh of all linears of a group.
+        self._sums = _at_least(self._sums, MOST_MEMBERS * counts.other_blocks * SCRATCH_BLOCK)
+        passes = max(counts.runs[0], CLUSTER * counts.walks)
+        self._counters = _at_least(self._counters, max(*counts.tiles, MOST_MEMBERS * passes))
 
     def release_workspace(self) -> None:
         """Give back what the largest microbatch so far has made the workspace grow to."""

@@ -7,8 +7,8 @@ rank ``r_i`` (:func:`~plora.modules.config.computed_rank`):
 
 Matrix products of fewer tokens than ``step`` take no less than those of so many: they wait for the weights. ``L`` are
 the labelled tokens, the only ones that the output head and the loss are computed for; ``S`` is the sum of the squared
-lengths of the sequences, for attention; ``P`` are the adapters' parameters on the device (the optimizer step passes over
-them). The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
+lengths of the sequences, for attention; ``P`` are the adapters' parameters on the device, which the optimizer step
+passes over. The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
 (:func:`estimate`).
 
 A process loads the base and compiles its layers once (``load``, ``compile``); each job of it makes its pack and warms

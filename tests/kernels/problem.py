@@ -137,20 +137,20 @@ class Problem:
         hidden = self.random(self.rows, self.members * self.columns).fill_(nan)
         dhidden, outs, dx = hidden.clone(), [torch.full_like(y, nan) for y in self.ys], torch.full_like(self.x, nan)
         cuda.down(self.x, weight, hidden, work, self.device_offsets, index)
-        for m, offsets in enumerate(self.device_offsets):
-            own_hidden, own_dhidden = (self.of_member(t, m) for t in (hidden, dhidden))
-            cuda.up(self.ys[m], own_hidden, weight, outs[m], work, offsets, index)
-            if form == "apart":
+        cuda.up(self.ys, hidden, weight, outs, work, self.device_offsets, index)
+        if form == "apart":
+            for m, offsets in enumerate(self.device_offsets):
+                own_hidden, own_dhidden = (self.of_member(t, m) for t in (hidden, dhidden))
                 cuda.down(self.dys[m], weight, own_dhidden, work, offsets, index, backward=True)
                 cuda.grad_factor(self.dys[m], own_hidden, grad, work, offsets, index, backward=True)
-                continue
+        else:
             cuda.grad_hidden_and_up(
-                self.dys[m], own_hidden, weight, own_dhidden, grad, work, offsets, index,
+                self.dys, hidden, weight, dhidden, grad, work, self.device_offsets, index,
                 clusters=False if form == "without clusters" else None,
                 clusters_per_run=1000 if form == "many clusters" else 0,
             )  # fmt: skip
         cuda.grad_factor(self.x, dhidden, grad, work, self.device_offsets, index)
-        cuda.up(None, dhidden, weight, dx, work, self.device_offsets, index, backward=True)
+        cuda.up([None], dhidden, weight, [dx], work, self.device_offsets, index, backward=True)
         return Results(outs, hidden, dx, grad)
 
     def of_member(self, hidden: torch.Tensor, member: int) -> torch.Tensor:

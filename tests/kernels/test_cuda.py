@@ -197,12 +197,12 @@ def test_up_adds_in_place(n):
     problem = Problem(d=256, n=n, ranks=[8, 40, 100], counts=[70, 65, 70], base_rows=10)
     expected = problem.cuda()
     y, hidden = problem.ys[0].clone(), problem.of_member(expected.hidden, 0)
-    cuda.up(y, hidden, problem.weight, y, problem.work, problem.device_offsets[0], problem.token_index)
+    cuda.up([y], hidden, problem.weight, [y], problem.work, problem.device_offsets[0], problem.token_index)
     assert torch.equal(y, expected.outs[0])
     dx, before = problem.x.clone(), torch.empty_like(problem.x)
-    arguments = (problem.weight, dx, problem.work, problem.device_offsets, problem.token_index)
-    cuda.up(dx, expected.hidden, *arguments, backward=True)
-    cuda.up(None, expected.hidden, problem.weight, before, *arguments[2:], backward=True)
+    arguments = (problem.work, problem.device_offsets, problem.token_index)
+    cuda.up([dx], expected.hidden, problem.weight, [dx], *arguments, backward=True)
+    cuda.up([None], expected.hidden, problem.weight, [before], *arguments, backward=True)
     torch.testing.assert_close(dx, problem.x + before, rtol=1e-2, atol=2e-2)
     assert torch.equal(dx[-10:], problem.x[-10:])
 
@@ -213,8 +213,8 @@ def test_up_adds_the_residual(n, d):
     problem = Problem(d=d, n=n, ranks=ranks, counts=counts, base_rows=70, absent=frozenset({6}))
     expected = problem.cuda()
     residual, out = problem.random(problem.rows, n), torch.full_like(problem.ys[0], float("nan"))
-    arguments = (problem.weight, out, problem.work, problem.device_offsets[0], problem.token_index)
-    cuda.up(problem.ys[0], expected.hidden, *arguments, residual=residual)
+    arguments = (problem.weight, [out], problem.work, problem.device_offsets[0], problem.token_index)
+    cuda.up(problem.ys, expected.hidden, *arguments, residual=residual)
     exact = problem.reference(torch.float64).outs[0] + residual
     assert error(out, exact) <= 1.2 * error(exact.bfloat16(), exact) + 1e-4
     without = slice(sum(counts[:6]), None)
@@ -248,11 +248,16 @@ def test_bad_arguments_are_named():
             run(problem.x, bad)
     with pytest.raises(RuntimeError, match="hidden must have at most 256 columns a member, a multiple of 16, got 16"):
         run(problem.x, offsets=problem.device_offsets.repeat(2, 1))
-    arguments = (problem.weight, hidden, problem.grad, problem.work, problem.device_offsets, problem.token_index)
-    with pytest.raises(RuntimeError, match="residual must have shape"):
-        cuda.up(*(problem.ys[0], hidden, *arguments[:1], problem.dys[0]), *arguments[3:], residual=problem.ys[0][:4])
+    arguments = (problem.work, problem.device_offsets, problem.token_index)
+    for ys, outs, residual, message in (
+        (problem.ys, problem.dys, problem.ys[0][:4], "residual must have shape"),
+        (problem.ys * 2, problem.dys, None, "as many out as y must be given, got 1 and 2"),
+        (problem.ys * 2, problem.dys * 2, None, "out must be of one linear or of each of 1, got 2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            cuda.up(ys, hidden, problem.weight, outs, *arguments, residual=residual)
     with pytest.raises(RuntimeError, match="grad_hidden must have strides"):
-        cuda.grad_hidden_and_up(problem.dys[0], hidden, problem.weight, wide[:, :16], *arguments[2:])
+        cuda.grad_hidden_and_up(problem.dys, hidden, problem.weight, wide[:, :16], problem.grad, *arguments)
 
 
 def packed_step(model, counts):
