@@ -111,9 +111,9 @@ struct Each {
 constexpr int kMaxSplits = 16, kMaxGroupSplits = 8;
 constexpr int max_splits(int members) { return members > 1 ? kMaxGroupSplits : kMaxSplits; }
 
-// Slots by default, for the current device.
+// Slots by default, for the current device; `widths`: of all linears of the launch.
 int down_slots(int64_t width, int count, int members);
-int up_slots(int64_t width, int count);
+int up_slots(int64_t width, int64_t widths, int count);
 
 // Each returns a cudaError_t; `stream` is a cudaStream_t.
 int down(const DownArgs& args, void* stream);

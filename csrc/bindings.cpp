@@ -61,13 +61,17 @@ void up(const std::vector<std::optional<Tensor>>& ys, const Tensor& hidden, cons
   const c10::cuda::CUDAGuard guard(beside.device());
   check_hidden(hidden, "hidden", beside.size(0), beside);
   check(factors, "factors", at::kBFloat16, 1, beside);
+  int64_t widths = 0;
+  for (const Tensor& out : outs) {
+    check(out, "out", at::kBFloat16, 2, beside);
+    check_rows(out, "out", beside.size(0));
+    widths += out.size(1);
+  }
   plora::Each<plora::UpArgs> each{};
   each.count = static_cast<int>(linears);
   for (int64_t i = 0; i < linears; ++i) {
     Tensor& out = outs[i];
     const std::optional<Tensor>& y = ys[i];
-    check(out, "out", at::kBFloat16, 2, beside);
-    check_rows(out, "out", beside.size(0));
     if (y) {
       check(*y, "y", at::kBFloat16, 2, out);
       require(y->sizes() == out.sizes(), "y must have shape ", out.sizes(), ", got ", y->sizes());
@@ -86,7 +90,7 @@ void up(const std::vector<std::optional<Tensor>>& ys, const Tensor& hidden, cons
     args.out = out.mutable_data_ptr();
     args.width = out.size(1);
     args.hidden_stride = hidden.stride(0);
-    split(args, slots > 0 ? slots : plora::up_slots(args.width, args.schedule.count), most_share, 65535);
+    split(args, slots > 0 ? slots : plora::up_slots(args.width, widths, args.schedule.count), most_share, 65535);
     args.use_dropout = use_dropout;
     args.use_scale = use_scale;
   }

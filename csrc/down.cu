@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "down.cuh"
 
 namespace plora {
@@ -10,9 +12,10 @@ int down(const DownArgs& args, void* stream) {
 
 int down_slots(int64_t width, int count, int members) {
   const Tuned row = tuned(device_arch());
-  const int blocks = (members > 2 ? row.down_blocks_of_three : row.down_blocks) * multiprocessors();
-  const int walks = ceil_div(static_cast<int64_t>(ceil_div(width, kPanel)) * count, row.down_steps);
-  return blocks > walks ? blocks : walks;
+  const int64_t steps = static_cast<int64_t>(ceil_div(width, kPanel)) * count;
+  const int blocks = (members > 2 ? row.blocks_of_three : row.blocks) * multiprocessors();
+  // In short walks it costs more to add up sums than more blocks gain.
+  return std::max(std::min(blocks, ceil_div(steps, row.down_least_steps)), ceil_div(steps, row.down_steps));
 }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

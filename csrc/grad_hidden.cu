@@ -7,14 +7,16 @@ namespace plora {
 
 namespace {
 
-// As many as give each multiprocessor two blocks, of linears that share it by their widths. On an H100 twice that made
-// the whole half as slow again: each cluster must wait for its additions to grad F before its blocks may add up
-// grad_hidden.
+// As many as give each multiprocessor two blocks, of linears that share it by their widths, if a block then walks three
+// panels or more. On an H100 twice as many made the whole half as slow again: each cluster must wait for its additions
+// to grad F before its blocks may add up grad_hidden.
 int clusters_of(const GradHiddenArgs& args, int64_t widths) {
-  const int most = ceil_div(ceil_div(args.width, kPanel), kCluster);
+  constexpr int kLeastSteps = 3;
+  const int panels = ceil_div(args.width, kPanel);
+  const int most = args.clusters > 0 ? ceil_div(panels, kCluster) : panels / (kLeastSteps * kCluster);
   const int64_t fitting = 2 * multiprocessors() * args.width / (widths * kCluster * args.schedule.count);
   const int64_t wanted = args.clusters > 0 ? args.clusters : fitting;
-  return wanted < 1 ? 1 : wanted > most ? most : static_cast<int>(wanted);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, most)));
 }
 
 }  // namespace

@@ -112,7 +112,8 @@ struct GradHiddenTile {
 };
 
 template <bool kVector>
-__global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_kernel(const __grid_constant__ Each<GradHiddenArgs> linears) {
+__global__ void __launch_bounds__(kGradThreads, 2)
+    grad_hidden_kernel(const __grid_constant__ Each<GradHiddenArgs> linears) {
   const GradHiddenArgs& args = linears.of[blockIdx.z];
   if (static_cast<int64_t>(blockIdx.x) * kGradColumns >= args.width) return wait_for_previous_kernel();
   extern __shared__ __align__(128) unsigned char shared[];

@@ -228,7 +228,8 @@ struct GradHiddenCluster {
 };
 
 template <bool kVector>
-__global__ void __launch_bounds__(kGradThreads, 2) grad_hidden_cluster_kernel(const __grid_constant__ Each<GradHiddenArgs> linears) {
+__global__ void __launch_bounds__(kGradThreads, 2)
+    grad_hidden_cluster_kernel(const __grid_constant__ Each<GradHiddenArgs> linears) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const GradHiddenArgs& args = linears.of[blockIdx.z];
   extern __shared__ __align__(128) unsigned char shared[];

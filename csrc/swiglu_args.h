@@ -50,9 +50,9 @@ struct SwigluGradArgs {
   int32_t* counters;     // kWalkRows / kTileRows * walk_count, zero, and left so
 };
 
-// Steps by default, for the current device; `count` of pieces.
+// Steps by default, for the current device; `count` of pieces, `rows` of tokens.
 int swiglu_steps(int64_t width, int count);
-int swiglu_grad_steps(int64_t width);
+int swiglu_grad_steps(int64_t width, int64_t rows);
 
 int swiglu(const SwigluArgs& args, void* stream);
 int swiglu_pointwise_grad(const SwigluGradArgs& args, void* stream);

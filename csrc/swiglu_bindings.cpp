@@ -105,7 +105,7 @@ plora::SwigluGradArgs grad_args(const Tensor& dact, const std::optional<Tensor>&
   }
   args.tiles = check_pieces(tiles, "tiles", tile_count, gate);
   args.tile_count = static_cast<int>(tile_count);
-  args.steps = static_cast<int>(steps > 0 ? steps : plora::swiglu_grad_steps(args.width));
+  args.steps = static_cast<int>(steps > 0 ? steps : plora::swiglu_grad_steps(args.width, gate.size(0)));
   return args;
 }
 

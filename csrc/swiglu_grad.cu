@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "swiglu_grad.cuh"
 
 namespace plora {
@@ -27,6 +29,10 @@ int swiglu_grad(const SwigluGradArgs& args, void* stream) {
                 stream);
 }
 
-int swiglu_grad_steps(int64_t) { return tuned(device_arch()).swiglu_grad_steps; }
+int swiglu_grad_steps(int64_t width, int64_t rows) {
+  // Fewer where there would not be two blocks for each multiprocessor.
+  const int even = ceil_div(ceil_div(width, kPanel) * ceil_div(rows, kFusedRows), 2 * multiprocessors());
+  return std::max(1, std::min(even, tuned(device_arch()).swiglu_grad_steps));
+}
 
 }  // namespace plora

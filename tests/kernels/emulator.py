@@ -88,17 +88,19 @@ def down(
 
 
 def up(
-    y, hidden, factors, out, pieces, first, count, most_share, offsets, second, token_index, use_dropout, use_scale,
+    ys, hidden, factors, outs, pieces, first, count, most_share, offsets, second, token_index, use_dropout, use_scale,
     slots=0, residual=None,
 ):  # fmt: skip
-    stride, key = hidden.shape[1] // members_of(offsets), int(offsets.reshape(-1)[-1])
-    total = sum((each.float() for each in (y, residual) if each is not None), torch.zeros(out.shape))
-    for record in records(pieces, first, count):
-        for part in parts(record, offsets, second, stride):
-            wide = hidden[part.rows, part.columns].float() @ part.factor(factors, out.shape[1]).float()
-            wide = part.masked(wide, token_index, key, use_dropout)
-            total[part.rows] += wide * (part.scale if use_scale else 1)
-    out.copy_(total)
+    each = offsets if len(outs) > 1 else [offsets]
+    for y, low, out, own in zip(ys, hidden.chunk(len(outs), 1), outs, each, strict=True):
+        stride, key = low.shape[1] // members_of(own), int(own.reshape(-1)[-1])
+        total = sum((given.float() for given in (y, residual) if given is not None), torch.zeros(out.shape))
+        for record in records(pieces, first, count):
+            for part in parts(record, own, second, stride):
+                wide = low[part.rows, part.columns].float() @ part.factor(factors, out.shape[1]).float()
+                wide = part.masked(wide, token_index, key, use_dropout)
+                total[part.rows] += wide * (part.scale if use_scale else 1)
+        out.copy_(total)
 
 
 def grad_factor(
@@ -113,16 +115,20 @@ def grad_factor(
 
 
 def grad_hidden(
-    dy, hidden, factors, grad_hidden, grad, pieces, count, offsets, second, token_index, sums, counters, blocks,
-    clusters, clusters_per_run=0,
+    dys, hidden, factors, grad_hidden, grad, pieces, count, offsets, token_index, sums, counters, blocks, clusters,
+    clusters_per_run=0,
 ):  # fmt: skip
-    for record in records(pieces, 0, count):
-        for part in parts(record, offsets, second, hidden.shape[1]):
-            dout = dy[part.rows].float()
-            dlow = dout @ part.factor(factors, dy.shape[1]).float().T * part.scale
-            grad_hidden[part.rows, part.columns] = dlow.to(grad_hidden.dtype)
-            product = hidden[part.rows, part.columns].float().T @ dout
-            part.factor(grad, dy.shape[1]).add_(product * part.scale)
+    n = len(dys)
+    assert n == members_of(offsets)
+    members = zip(dys, hidden.chunk(n, 1), grad_hidden.chunk(n, 1), offsets.reshape(n, -1), strict=True)
+    for dy, low, dlow, own in members:
+        for record in records(pieces, 0, count):
+            for part in parts(record, own, True, low.shape[1]):
+                dout = dy[part.rows].float()
+                made = dout @ part.factor(factors, dy.shape[1]).float().T * part.scale
+                dlow[part.rows, part.columns] = made.to(dlow.dtype)
+                product = low[part.rows, part.columns].float().T @ dout
+                part.factor(grad, dy.shape[1]).add_(product * part.scale)
 
 
 def _added(base, hidden, factors, record, offsets, second, columns, use_scale):
@@ -177,7 +183,6 @@ def swiglu_grad(
     dact, dhidden_down, gate, up, hidden, factors, grad, dgate, dup, act, dhidden, tiles, tile_count, walks,
     walk_count, offsets, down_offsets, sums, counters, blocks, steps=0,
 ):  # fmt: skip
-    half = hidden.shape[1] // 2
     for record in records(tiles, 0, tile_count):
         if record[5] <= schedule.FUSED_RANKS and record[0] >= 0:
             continue
@@ -191,11 +196,9 @@ def swiglu_grad(
         rows = rows_of(record)
         made = _activations(dact, dhidden_down, gate, up, hidden, factors, record, offsets, down_offsets)
         dgate[rows], dup[rows] = (value.to(dgate.dtype) for value in made[:2])
-        for member, dy in enumerate((dgate, dup)):
-            columns = slice(member * half, (member + 1) * half)
-            own = record[None]
-            grad_hidden(dy, hidden[:, columns], factors, dhidden[:, columns], grad, own, 1, offsets[member], True,
-                        None, sums, counters, blocks, True)  # fmt: skip
+        grad_hidden(
+            [dgate, dup], hidden, factors, dhidden, grad, record[None], 1, offsets, None, sums, counters, blocks, True
+        )  # fmt: skip
         whole = torch.zeros_like(gate)
         whole[rows] = made[2].to(whole.dtype)
         grad_factor(whole, dhidden_down, grad, record[None], 0, 1, down_offsets, False, None, False, False)
