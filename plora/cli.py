@@ -65,11 +65,13 @@ def run_recipe(make: Callable[[SweepConfig], Recipe], arguments: Sequence[str] |
         prog: how the user started this, for the usage message.
 
     Returns:
-        The exit status. Mistakes of the user's are written to stderr without a traceback.
+        The exit status. Mistakes of the user's, and a disk that fills up, are written to stderr without a traceback.
     """
     options = _run_parser(prog).parse_intermixed_args(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _complain("plora trains on one device: leave out --nproc_per_node and other torchrun options")
+    from plora.checkpoint.disk import DiskFullError
+
     # A metric or a data set of the user's own lies beside the YAML they start from here.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -81,7 +83,7 @@ def run_recipe(make: Callable[[SweepConfig], Recipe], arguments: Sequence[str] |
             return _take_steps(recipe)
         finally:
             recipe.cleanup()
-    except ConfigError as error:
+    except (ConfigError, DiskFullError) as error:
         return _complain(error)
     except KeyboardInterrupt:
         return INTERRUPTED

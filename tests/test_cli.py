@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from plora import cli, tune_hook
+from plora.checkpoint.disk import DiskFullError
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,6 +133,16 @@ def test_errors_in_training_keep_their_traceback_and_clean_up(sweep: type[FakeSw
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["run", "--config", str(config_file)])
     assert sweep.steps == ["setup", "plan", "run", "cleanup"]
+
+
+@pytest.mark.parametrize("step", ["run", "report", "cleanup"])
+def test_a_disk_that_fills_up_is_a_message(
+    sweep: type[FakeSweep], config_file: Path, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    sweep.fails[step] = DiskFullError("output_dir = 'run': make room")
+    assert cli.main(["run", "--config", str(config_file)]) == 2
+    assert capsys.readouterr().err == "plora: output_dir = 'run': make room\n"
+    assert sweep.steps[-1] == "cleanup"
 
 
 def test_interrupting_cleans_up(sweep: type[FakeSweep], config_file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
+        with _system_errors():
+            yield partial
         _flush_to_disk(partial)
         os.replace(partial, path)
     finally:
@@ -40,7 +42,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with _system_errors():
+            yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush_to_disk(file)
@@ -56,6 +59,18 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes ``text`` as UTF-8, atomically."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raises as ``OSError`` what the system refuses safetensors and tokenizers, who tell of it in text alone."""
+    try:
+        yield
+    except Exception as error:  # the very class that tokenizers raises
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _flush_to_disk(path: Path) -> None:

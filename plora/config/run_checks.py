@@ -86,7 +86,9 @@ def note_model_at_hand(
         return
     for problem in model_problems(model, tokenizer, trials, spec):
         where, _, advice = problem.partition(": ")
-        findings.add(where, advice)
+        # A default stands in for a value that is wrong, and is no mistake of the user's.
+        if where.partition(" = ")[0] not in {mistake.path for mistake in findings.mistakes}:
+            findings.add(where, advice)
 
 
 def check_targets(trials: Sequence[Trial], spec: ModelSpec) -> list[str]:

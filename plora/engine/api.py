@@ -24,6 +24,7 @@ def sweep(config: str | Path | Mapping[str, Any], **overrides: Any) -> SweepResu
     Raises:
         ConfigError: with every mistake found, before anything expensive.
         ValueError: for ``plan_only``, which has no results.
+        DiskFullError: if the disk fills up in mid-run; says what is kept.
     """
     running = Sweep(load(config, {key.replace("__", "."): value for key, value in overrides.items()}))
     if running.config.plan_only:

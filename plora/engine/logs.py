@@ -6,6 +6,8 @@ import logging
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
+from plora.report import live
+
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -26,6 +28,7 @@ class SweepLog:
         if not self._logger.hasHandlers():
             terminal = logging.StreamHandler()
             terminal.setFormatter(logging.Formatter("%(message)s"))
+            terminal.addFilter(lambda record: record.name != live.__name__)  # the view shows it there itself
             self._add(terminal)
         self._add(self._early)
         self._logger.setLevel(level)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import wraps
+from typing import TypeVar
 
 from plora.checkpoint.atomic import atomic_file, write_text
+from plora.checkpoint.disk import full_disk_explained
 from plora.checkpoint.layout import EventLog, SweepLayout
 from plora.config.components import resolve
 from plora.config.schema import SweepConfig
@@ -45,6 +48,18 @@ from plora.training.peaks import PeakMemory
 from plora.training.records import JobSettings
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def _explains_full_disk(step: Callable[[Sweep], T]) -> Callable[[Sweep], T]:
+    """A step of a sweep that says what is kept where the disk fills up."""
+
+    @wraps(step)
+    def take(sweep: Sweep) -> T:
+        with full_disk_explained(sweep.layout.root, sweep._kept):
+            return step(sweep)
+
+    return take
 
 
 class Sweep:
@@ -106,6 +121,7 @@ class Sweep:
         self._open_outputs()
         return True
 
+    @_explains_full_disk
     def run(self) -> None:
         """Train every pack, then score what the objective needs, on validation data and once on test data."""
         jobs = self.planned.plan.jobs
@@ -131,6 +147,7 @@ class Sweep:
         self.ranking.score_test(saved)
         self._accuracies.append(self._whole(trained - before, time.perf_counter() - trained))
 
+    @_explains_full_disk
     def report(self) -> SweepResult:
         """Write adapters, table and page, print the ranking, and return the results."""
         exported = export_best(self.config, self.layout, self.base, self.checked.tokenizer, self.ranking.order())
@@ -143,6 +160,7 @@ class Sweep:
         print_leaderboard(ranked, info)
         return SweepResult(to_dataframe(ranked), best, self.study.study, self.config.output_dir)
 
+    @_explains_full_disk  # closing a file writes what is left of it
     def cleanup(self) -> None:
         """Close what is open."""
         self._opened.close()
@@ -261,13 +279,21 @@ class Sweep:
         return packed
 
     def _note_interruption(self) -> None:
-        done = [name for name, result in self.recorder.results.items() if result.status == "completed"]
-        self._events.event("sweep_interrupted", completed=done)
+        self._events.event("sweep_interrupted", completed=self._completed())
+        log.warning("interrupted: %s", self._kept())
+
+    def _completed(self) -> list[str]:
+        """The trials whose weights are on disk."""
+        return [trial.name for trial in self.config.trials if self.layout.state(trial.name).exists()]
+
+    def _kept(self) -> str:
+        """What there is of a sweep that breaks off."""
+        done = self._completed()
         kept = f"their weights are in {self.layout.checkpoints}; " if done else ""
-        log.warning(
-            "interrupted: %d of %d trials had completed; %sa sweep is not resumed, so start it again in another "
-            "output_dir", len(done), len(self.config.trials), kept,
-        )  # fmt: skip
+        return (
+            f"{len(done)} of {len(self.config.trials)} trials had completed; {kept}a sweep is not resumed, so start it "
+            "again in another output_dir"
+        )
 
     def _whole(self, training: float, scoring: float) -> Accuracy:
         """The sweep's predictions beside what it took; a calibration is no part of either."""

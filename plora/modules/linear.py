@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -179,4 +180,12 @@ def refuse_reentrant_checkpoint() -> None:
     raise RuntimeError(
         "reentrant activation checkpointing would lose adapter gradients: "
         "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+    )
+
+
+def refuse_to_pickle(module: nn.Module, protocol: SupportsIndex) -> NoReturn:
+    """In place of ``__reduce_ex__``: what the layers of a packed model share would come back as copies of it."""
+    raise TypeError(
+        f"a packed model cannot be pickled ({type(module).__name__}): save packed.state_dict(), "
+        "or write the adapters with plora.checkpoint.peft.export_adapter"
     )

@@ -8,13 +8,14 @@ wrapped, so that names stay as they are.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plora.modules.linear import PackedLoRALinear, refuse_reentrant_checkpoint
+from plora.modules.linear import PackedLoRALinear, refuse_reentrant_checkpoint, refuse_to_pickle
 
 # Names of gate, up and down: Hugging Face's and torchtune's.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -33,6 +34,14 @@ class _Fused(nn.Module):
         hidden = gate.siblings.down(x)
         act, hidden_down = gate.siblings.swiglu(gate.base(x), up.base(x), hidden, down.group)
         return down.group.up([down.base(act)], hidden_down, residual)[0]
+
+    __reduce_ex__ = refuse_to_pickle
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fused:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
 
 
 _FUSED_KINDS: dict[tuple[type[nn.Module], tuple[str, str, str]], type[nn.Module]] = {}

@@ -18,11 +18,12 @@ from plora.kernels.schedule import Counts, DeviceTables, upload
 from plora.modules.adapter import Adapter, Layout
 from plora.modules.arena import Arena, aligned
 from plora.modules.config import AdapterConfig, computed_rank
-from plora.modules.linear import Group, PackedLoRALinear, Shared
+from plora.modules.linear import Group, PackedLoRALinear, Shared, refuse_to_pickle
 from plora.modules.mlp import fuse_gated_mlps, restore_gated_mlps
 from plora.modules.targets import Target, find_targets, select
 
 ATTRIBUTE = "plora"
+_SAVE = "save_pretrained"  # of Hugging Face models
 
 
 def pack_adapters(
@@ -79,6 +80,8 @@ def pack_adapters(
     packed._trainable = trainable
     packed._wrap(model)
     model.add_module(ATTRIBUTE, packed)
+    if hasattr(model, _SAVE):
+        setattr(model, _SAVE, _refuse_to_save)
     for config in configs:
         packed.add(config)
     return packed
@@ -273,6 +276,7 @@ class PackedAdapters(nn.Module):
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         delattr(model, ATTRIBUTE)
+        model.__dict__.pop(_SAVE, None)
 
     def _wrap(self, model: nn.Module) -> None:
         for target in self.targets:
@@ -391,6 +395,8 @@ class PackedAdapters(nn.Module):
         self._bind()
         return self
 
+    __reduce_ex__ = refuse_to_pickle
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedAdapters:
         import copy
 
@@ -399,6 +405,14 @@ class PackedAdapters(nn.Module):
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         clone._bind()
         return clone
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In place of ``save_pretrained``, which would write names that ``from_pretrained`` does not know."""
+    raise ValueError(
+        "a packed model cannot be saved by save_pretrained: write the adapters with "
+        "plora.checkpoint.peft.export_adapter, and the model after packed.unpack(model)"
+    )
 
 
 def _select(targets: list[Target], config: AdapterConfig) -> list[Target]:

@@ -44,14 +44,19 @@ class Compared:
         """Whether the prediction missed by more than it should."""
         if self.error is None or self.measured is None or (self.is_limit and self.error < 0):
             return False
-        # Of a step, which is made thousands of times, no difference is small.
-        least = 0.0 if self.what == "step" else _SMALLEST[self.unit]
-        return abs(self.error) > OFF_BY and abs(self.measured - self.predicted) >= least
+        return abs(self.error) > OFF_BY and abs(self.measured - self.predicted) >= self._least
 
     def shown(self) -> tuple[str, str, str]:
         """Predicted, measured and the difference, as text."""
-        error = "–" if self.error is None else f"{self.error:+.0%}"
+        # Where both are small, so is the difference, however many times the prediction it is.
+        is_told = self.error is not None and max(self.predicted, self.measured or 0.0) >= self._least
+        error = f"{self.error:+.0%}" if is_told else "–"
         return self._text(self.predicted), self._text(self.measured), error
+
+    @property
+    def _least(self) -> float:
+        # Of a step, which is made thousands of times, no difference is small.
+        return 0.0 if self.what == "step" else _SMALLEST[self.unit]
 
     def _text(self, value: float | None) -> str:
         if value is None:

@@ -20,6 +20,8 @@ from plora.report.progress import RUNNING, WAITING, SweepProgress, TrialProgress
 from plora.report.results import settings_of, state_of, varying_settings
 from plora.report.text import count, duration, score, setting_title, setting_value, settings_line
 
+_log = logging.getLogger(__name__)
+
 _FIXED_WIDTH = 62
 _SETTING_WIDTH = 9
 _CHROME_ROWS = 5
@@ -30,7 +32,7 @@ class LiveView(Listener):
     """Shows a sweep while it runs; use it as a context manager around the training.
 
     On a terminal: a table that redraws itself, below whatever is logged meanwhile. Elsewhere (a file, a pipe, CI): a
-    line when a trial starts or ends, and one a minute in between.
+    line when a trial starts or ends, and one a minute in between. Starts and ends are logged too.
 
     Args:
         trials: all trials of the sweep, those that wait included.
@@ -89,7 +91,7 @@ class LiveView(Listener):
         with self._lock:
             self._progress.start(self._row(trial), total_steps, self._clock())
         settings = settings_line(self._row(trial).settings, self._varying)
-        self._line(f"{trial.name} started: {total_steps} steps" + (f", {settings}" if settings else ""))
+        self._tell(f"{trial.name} started: {total_steps} steps" + (f", {settings}" if settings else ""))
 
     def on_step(self, trial: Any, record: StepRecord) -> None:
         """See ``Listener``."""
@@ -121,7 +123,7 @@ class LiveView(Listener):
             row = self._row(trial)
             row.state = state_of(result)
         losses = f"train loss {score(row.loss)}, val loss {score(row.val_loss)}"
-        self._line(f"{trial.name} {row.state} after {row.step} steps: {losses}")
+        self._tell(f"{trial.name} {row.state} after {row.step} steps: {losses}")
 
     def summary(self) -> str:
         """The whole sweep in one line."""
@@ -165,6 +167,10 @@ class LiveView(Listener):
             rows[trial.name] = TrialProgress(trial.name, trial.number, settings_of(trial))
             self._varying = varying_settings(row.settings for row in rows.values())
         return rows[trial.name]
+
+    def _tell(self, text: str) -> None:
+        _log.info("%s", text)
+        self._line(text)
 
     def _line(self, text: str) -> None:
         if self._live is None:

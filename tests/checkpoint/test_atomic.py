@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
+from safetensors import SafetensorError
 
 from plora.checkpoint.atomic import atomic_directory, atomic_file, write_text
 
@@ -54,3 +57,14 @@ def test_a_directory_replaces_the_earlier_one_and_leftovers(tmp_path):
             (partial / content).write_text(content)
     assert [p.name for p in target.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory])
+@pytest.mark.parametrize("kind", [Exception, SafetensorError])
+def test_what_the_system_refuses_is_an_os_error(tmp_path, write, kind):
+    with pytest.raises(OSError, match="No space left") as caught, write(tmp_path / "adapter"):
+        raise kind("Error while serializing: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(kind, match="too large"), write(tmp_path / "adapter"):
+        raise kind("a header that is too large")
+    assert not list(tmp_path.iterdir())

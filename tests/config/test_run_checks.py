@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -13,20 +14,18 @@ from plora.models.spec import ModelSpec
 from plora.modules.config import AdapterConfig
 from plora.search.trial import Trial
 
-SPEC = ModelSpec.from_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 100,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    },
-    source="tiny",
-)
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+SPEC = ModelSpec.from_config(MODEL, source="tiny")
 
 
 def trial(number: int, rank: int = 8, targets: str | tuple[str, ...] = "all-linear") -> Trial:
@@ -82,6 +81,15 @@ def test_sequences_longer_than_the_models_positions(raw: dict[str, Any]) -> None
     (error,) = check_run(config, config.trials, SPEC)[0]
     assert "max_seq_len = 4096" in error
     assert "lower it to 2048" in error
+
+
+def test_a_default_in_place_of_a_wrong_value_is_no_mistake(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL, "max_position_embeddings": 256}))
+    raw["model"] = {"source": str(tmp_path)}
+    for length, advice in ((1, "must be a whole number at least 2"), (512, "lower it to 256")):
+        with pytest.raises(ConfigError, match=advice) as caught:
+            load({**raw, "tokenizer": {"max_seq_len": length}})
+        assert len(caught.value.mistakes) == 1
 
 
 def test_more_layers_recomputed_than_there_are(raw: dict[str, Any]) -> None:

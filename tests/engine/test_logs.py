@@ -36,5 +36,6 @@ def test_the_terminal_is_used_where_the_application_has_no_logging(
     log = SweepLog()
     log.open("INFO")
     LOGGER.info("2 packs")
+    logging.getLogger("plora.report.live").info("t001 started: 4 steps")
     log.close()
     assert capsys.readouterr().err == ("" if configured else "2 packs\n")

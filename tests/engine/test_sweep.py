@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pandas
@@ -13,6 +16,7 @@ import torch
 from optuna.trial import TrialState
 
 import plora
+from plora.checkpoint.jsonl import JsonLines
 from plora.checkpoint.layout import SweepLayout
 from plora.checkpoint.state import load_state
 from plora.config import load
@@ -231,6 +235,46 @@ def test_interrupting_keeps_what_is_finished(settings: Settings, tmp_path: Path,
     assert str(layout.checkpoints) in said
     assert not layout.results.exists()
     assert not logging.getLogger("plora").handlers
+
+
+@pytest.mark.parametrize(
+    ("last_written", "completed", "fails"),
+    [("checkpoints/t003.safetensors", 1, "append"), ("results.csv", 4, "append"), ("results.csv", 4, "close")],
+)
+def test_a_disk_that_fills_up_keeps_what_is_finished(
+    settings: Settings,
+    tmp_path: Path,
+    command: Callable[..., int],
+    last_written: str,
+    completed: int,
+    fails: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layout = SweepLayout(tmp_path / "run")
+    write = getattr(JsonLines, fails)
+
+    def attempt(*arguments: Any) -> None:
+        if (layout.root / last_written).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(JsonLines, fails, attempt)
+    assert command(settings()) == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("plora: "))
+    assert said.startswith(f"plora: output_dir = '{layout.root}': No space left on device (")
+    assert f"{completed} of 4 trials had completed; their weights are in {layout.checkpoints}" in said
+    assert load_state(layout.state("t003"))
+    assert not logging.getLogger("plora").handlers
+
+
+def test_the_log_tells_when_trials_start_and_end(by_loss: Finished) -> None:
+    log = by_loss.layout.log.read_text()
+    for name, steps in STEPS.items():
+        assert f"INFO plora.report.live: {name} started: {steps} steps, " in log
+        assert re.search(
+            rf"{name} complete after {steps} steps: .* val loss {by_loss.rows[name]['val_loss']:.4f}\n", log
+        )
 
 
 @pytest.mark.parametrize("method", ["start_run", "log", "end_run"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -148,6 +149,20 @@ def test_unpack_restores_the_class():
     x = torch.randn(3, DIM)
     gate, up = F.silu(block.gate_proj(x)), block.up_proj(x)
     torch.testing.assert_close(model.layers[0](x), block.down_proj(gate * up))
+
+
+def test_a_packed_model_is_copied_but_not_pickled():
+    torch.manual_seed(0)
+    model, adapters = packed(HuggingFaceLike())
+    twin = copy.deepcopy(model)
+    assert type(twin.layers[0]) is type(model.layers[0])
+    for pickled in (model, adapters):
+        with pytest.raises(TypeError, match=r"save packed\.state_dict\(\)"):
+            torch.save(pickled, io.BytesIO())
+    expected = step(model, adapters)
+    adapters.unpack(model)
+    assert_same(step(twin, twin.plora), expected)
+    torch.save(model, io.BytesIO())
 
 
 def test_trying_the_formula_leaves_the_module_alone():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from plora import AdapterConfig, pack_adapters
 from tests.modules.toy import Toy, loss, randomise, tokens
@@ -422,10 +424,30 @@ def test_a_sequential_is_refused():
         pack_adapters(nn.Linear(2, 2), CONFIGS)
 
 
+def test_a_pack_is_not_pickled():
+    model, packed = packed_toy()
+    for pickled in (model, packed):
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(pickled)
+
+
 def test_packing_twice_is_refused():
     model, _ = packed_toy()
     with pytest.raises(ValueError, match="packed already"):
         pack_adapters(model, CONFIGS)
+
+
+def test_saving_a_packed_hugging_face_model_is_refused(tmp_path):
+    config = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    packed = pack_adapters(model, CONFIGS)
+    with pytest.raises(ValueError, match=r"after packed\.unpack\(model\)"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    packed.unpack(model)
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(packed_toy()[0], "save_pretrained")
 
 
 @pytest.mark.parametrize(

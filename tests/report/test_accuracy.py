@@ -37,10 +37,27 @@ def test_errors_are_relative_to_the_prediction():
         (Compared("memory, live tensors", 10 * GIB, 12 * GIB, "bytes"), True),
         (Compared("a limit", 10 * GIB, 12 * GIB, "bytes", is_limit=True), True),
         (Compared("nothing predicted", 0.0, 12.0, "s"), False),
+        (Compared("loading the base", 0.0006, 0.2, "s"), False),
+        (Compared("loading the base", 0.0006, 20.0, "s"), True),
     ],
 )
 def test_what_counts_as_off(figure, off):
     assert figure.is_off is off
+
+
+@pytest.mark.parametrize(
+    ("figure", "shown"),
+    [
+        (Compared("loading the base", 0.0006, 0.2, "s"), ("1 ms", "200 ms", "–")),
+        (Compared("loading the base", 4.0, 0.0, "s"), ("4.0 s", "0 ms", "–")),
+        (Compared("loading the base", 8.0, 4.0, "s"), ("8.0 s", "4.0 s", "-50%")),
+        (Compared("step", 0.010, 0.012, "s"), ("10 ms", "12 ms", "+20%")),
+        (Compared("memory of the process", 1 << 20, 128 << 20, "bytes"), ("1 MiB", "128 MiB", "–")),
+        (Compared("unknown", 10.0, None, "s"), ("10s", "–", "–")),
+    ],
+)
+def test_the_difference_of_small_figures_is_not_told(figure, shown):
+    assert figure.shown() == shown
 
 
 def test_a_warning_names_the_job_the_figure_and_both_numbers():

@@ -38,8 +38,9 @@ def screen(view, width, height):
 
 
 def test_without_a_terminal_a_line_a_minute_and_at_both_ends(
-    make_trial, make_record, make_round, make_eval, make_result
+    make_trial, make_record, make_round, make_eval, make_result, caplog
 ):
+    caplog.set_level(logging.INFO, "plora")
     clock, out = Clock(), io.StringIO()
     trial = make_trial(0)
     trials = [trial, make_trial(1, rank=32, lr=1e-3)]
@@ -60,6 +61,7 @@ def test_without_a_terminal_a_line_a_minute_and_at_both_ends(
     assert "best val loss 1.2500 (default) · 2m00s elapsed, ETA 8m00s" in lines[2]
     assert lines[-1].endswith("default complete after 300 steps: train loss 2.0000, val loss 1.2500")
     assert "\x1b" not in out.getvalue()
+    assert caplog.messages == [line.partition("  ")[2] for line in (lines[0], lines[-1])]
     assert view.throughput == 200
 
 
