@@ -49,12 +49,15 @@ void down(const Tensor& x, const Tensor& factors, Tensor hidden, const Tensor& p
   launched(plora::down(args, stream()), "down", x.size(0), args.width, args.hidden_stride, count);
 }
 
-// `outs` of several linears: each has a row of `offsets` and its columns of `hidden`. Of one: it takes all members'.
+// With B's, the `second` factors, each linear of `offsets` has an output and its columns of `hidden`; with A's there is
+// one output, of all of them.
 void up(const std::vector<std::optional<Tensor>>& ys, const Tensor& hidden, const Tensor& factors,
         std::vector<Tensor> outs, const Tensor& pieces, int64_t first, int64_t count, int64_t most_share,
         const Tensor& offsets, bool second, const Tensor& token_index, bool use_dropout, bool use_scale, int64_t slots,
         const std::optional<Tensor>& residual) {
-  const int64_t linears = check_linears(outs.size(), "out", ys.size(), "y", offsets);
+  check_linears(outs, "outs", offsets, !second);
+  check_linears(ys, "ys", offsets, !second);
+  const int64_t linears = outs.size();
   const Tensor& beside = outs[0];
   require(!residual || linears == 1, "residual is added to the output of one linear, got ", linears);
   check_kind(beside, "out", at::kBFloat16, 2, beside);
@@ -118,7 +121,8 @@ void grad_factor(const Tensor& x, const Tensor& hidden, Tensor grad, const Tenso
 void grad_hidden(const std::vector<Tensor>& dys, const Tensor& hidden, const Tensor& factors, Tensor grad_hidden,
                  Tensor grad, const Tensor& pieces, int64_t count, const Tensor& offsets, const Tensor& token_index,
                  Tensor sums, Tensor counters, int64_t blocks, bool clusters, int64_t clusters_per_run) {
-  const int64_t linears = check_linears(dys.size(), "dy", dys.size(), "dy", offsets);
+  check_linears(dys, "dys", offsets);
+  const int64_t linears = dys.size();
   const Tensor& beside = dys[0];
   check_kind(beside, "dy", at::kBFloat16, 2, beside);
   const c10::cuda::CUDAGuard guard(beside.device());
@@ -145,12 +149,11 @@ void grad_hidden(const std::vector<Tensor>& dys, const Tensor& hidden, const Ten
     check_rows(dy, "dy", beside.size(0));
     plora::GradHiddenArgs& args = each.of[i];
     args.schedule = schedule(pieces, count, offsets, true, token_index, dy.size(0), dy, hidden.size(1));
-    require(args.schedule.members == linears, "offsets must be of ", linears, " linears, got shape ", offsets.sizes());
     pick(args.schedule, i);
     args.dy = dy.const_data_ptr();
     args.hidden = own_columns(hidden, i, linears);
     args.factors = factors.const_data_ptr();
-    args.grad_hidden = const_cast<void*>(own_columns(grad_hidden, i, linears));
+    args.grad_hidden = own_columns(grad_hidden, i, linears);
     args.grad = grad.mutable_data_ptr<float>();
     args.sums = sums.mutable_data_ptr<float>() + i * own_sums;
     args.counters = counters.mutable_data_ptr<int32_t>() + i * own_counters;

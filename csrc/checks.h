@@ -95,14 +95,12 @@ inline plora::Schedule schedule(const Tensor& pieces, int64_t count, const Tenso
   return made;
 }
 
-// How many linears a launch serves that is given so many tensors of each kind, at most one of a member of `offsets`.
-inline int64_t check_linears(int64_t count, const char* name, int64_t others, const char* other_name,
-                             const Tensor& offsets) {
-  require(count > 0 && count == others, "as many ", name, " as ", other_name, " must be given, got ", count, " and ",
-          others);
-  const int64_t members = offsets.dim() == 2 ? offsets.size(0) : 1;
-  require(count == 1 || count == members, name, " must be of one linear or of each of ", members, ", got ", count);
-  return count;
+// That there is one of `tensors` for each member of `offsets`, or for the sum of them.
+template <class Tensors>
+void check_linears(const Tensors& tensors, const char* name, const Tensor& offsets, bool summed = false) {
+  const int64_t members = summed || offsets.dim() < 2 ? 1 : offsets.size(0), count = tensors.size();
+  require(count > 0 && count == members, name, " must be ", members, " tensors by offsets of shape ", offsets.sizes(),
+          ", got ", count);
 }
 
 // Makes a group's schedule one of its i-th member alone.
@@ -112,8 +110,8 @@ inline void pick(plora::Schedule& schedule, int64_t i) {
 }
 
 // Where the i-th of `linears` equal parts of the columns of hidden begins.
-inline const void* own_columns(const Tensor& hidden, int64_t i, int64_t linears) {
-  return static_cast<const at::BFloat16*>(hidden.const_data_ptr()) + i * hidden.size(1) / linears;
+inline void* own_columns(const Tensor& hidden, int64_t i, int64_t linears) {
+  return static_cast<at::BFloat16*>(hidden.data_ptr()) + i * hidden.size(1) / linears;
 }
 
 inline void launched(int error, const char* kernel, int64_t rows, int64_t width, int64_t hidden, int64_t count) {

@@ -14,7 +14,8 @@ int clusters_of(const GradHiddenArgs& args, int64_t widths) {
   constexpr int kLeastSteps = 3;
   const int panels = ceil_div(args.width, kPanel);
   const int most = args.clusters > 0 ? ceil_div(panels, kCluster) : panels / (kLeastSteps * kCluster);
-  const int64_t fitting = 2 * multiprocessors() * args.width / (widths * kCluster * args.schedule.count);
+  const int64_t fitting =
+      2 * multiprocessors() * args.width / (std::max<int64_t>(widths, 1) * kCluster * args.schedule.count);
   const int64_t wanted = args.clusters > 0 ? args.clusters : fitting;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, most)));
 }

@@ -1,7 +1,7 @@
-// grad_hidden = scale * dy F^T and grad F += scale * hidden^T dy in one pass over dy, for architectures without
-// clusters: a block owns some tokens and 128 columns, keeps its columns of F in shared memory and its part of
-// grad F in registers, and walks the tokens. What it knows of grad_hidden it adds, tile by tile, to sums in the
-// workspace; the last block of those tokens rounds the sums and leaves zeros behind.
+// grad_hidden = scale * dy F^T and grad F += scale * hidden^T dy in one pass over dy, of each linear of a group by
+// itself, for architectures without clusters: a block owns some tokens and 128 columns, keeps its columns of F in
+// shared memory and its part of grad F in registers, and walks the tokens. What it knows of grad_hidden it adds, tile
+// by tile, to sums in the workspace; the last block of those tokens rounds the sums and leaves zeros behind.
 //
 // Eight warps: for grad F 16 columns each, for grad_hidden 16 tokens by half of the ranks each.
 #pragma once

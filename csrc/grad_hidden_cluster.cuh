@@ -1,4 +1,5 @@
-// grad_hidden = scale * dy F^T and grad F += scale * hidden^T dy in one pass over dy, for sm_90 and later.
+// grad_hidden = scale * dy F^T and grad F += scale * hidden^T dy in one pass over dy, of each linear of a group by
+// itself, for sm_90 and later.
 //
 // A cluster of eight blocks owns up to 256 tokens and some columns; each block takes every eighth 64 of these, one
 // a step, in parts of 128 tokens. Its part of grad_hidden stays in registers throughout; grad F is complete

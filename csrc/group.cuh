@@ -1,8 +1,9 @@
 // A group: the one to three linears that share an input, which therefore is read once for all of them.
 //
-// Their hidden matrices lie side by side, hidden_step columns each, and their factors in places of their own. The
-// kernels see the ranks of an adapter in all members as one row of *virtual* ranks: each member's rounded up to
-// whole chunks of 16, one member's after the other's. A piece's ranks are of these; a chunk is of one member.
+// Their hidden matrices lie side by side, hidden_step columns each, and their factors in places of their own. Where x
+// or dx is shared, kernels see the ranks of an adapter in all members as one row of *virtual* ranks: each member's
+// rounded up to whole chunks of 16, one member's after the other's. A piece's ranks are of these; a chunk is of one
+// member.
 #pragma once
 
 #include "tile.cuh"

@@ -20,7 +20,7 @@ int up(const Each<UpArgs>& linears, void* stream) {
 
 int up_slots(int64_t width, int64_t widths, int count) {
   const Tuned row = tuned(device_arch());
-  const int64_t fitting = row.blocks * multiprocessors() * width / widths;
+  const int64_t fitting = row.blocks * multiprocessors() * width / std::max<int64_t>(widths, 1);
   const int64_t walks = ceil_div(static_cast<int64_t>(ceil_div(width, kPanel)) * count, row.up_steps);
   return static_cast<int>(std::max(fitting, walks));
 }

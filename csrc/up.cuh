@@ -1,6 +1,6 @@
-// out = y + residual + mask * scale * hidden F: a tile of tokens walks over columns, the adapter's ranks in all members
-// being the inner dimension. Serves up_add (F = B), with what the layer adds next if that is given, and, with dropout's
-// mask, down_add (F = A).
+// out = y + residual + mask * scale * hidden F: a tile of tokens walks over columns, the adapter's ranks being the
+// inner dimension. Serves up_add (F = B) of the linears of a group, each by itself, with what the layer adds next if
+// that is given, and, with dropout's mask, down_add (F = A), where the ranks are those of all members.
 //
 // Four warps of 16 tokens each. F, y and the residual stream through shared memory, 64 columns a stage; the sum is made
 // in y's place and leaves in whole lines. More than 128 ranks (64 with a residual, for want of shared memory) take
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kUpThreads, 3) up_kernel(const __grid_constant
   const UpArgs& args = linears.of[blockIdx.z];
   extern __shared__ __align__(128) unsigned char shared[];
   const Piece piece = read_piece(args.schedule.pieces, blockIdx.y);
-  Split split = split_of(piece, args.slots, gridDim.x);
+  Split split = split_of(piece, args.slots, args.splits);
   const bool works = piece.rows > 0 && split.index < split.of;
   __shared__ Chunk chunks[kMostChunks];
   const bool adds = works && piece.slot >= 0 && find_chunks(chunks, kMostChunks, args.schedule, piece, 0, args.width);

@@ -41,7 +41,6 @@ def lora_up(
     weight: Tensor,
     work: Work,
     offsets: Tensor,
-    max_rank: int,
     token_index: Tensor,
     residual: Tensor | None = None,
 ) -> list[Tensor]:
@@ -110,7 +109,8 @@ def up(
 
     With ``backward`` a single ``y + mask * sum_m (hidden_m A_m)`` for hidden = dh.
 
-    ``ys`` may be ``outs``; None is zero. ``residual``: added to the only one of ``outs`` too. ``slots`` as in ``down``.
+    ``ys`` may be ``outs``; None is zero. ``residual``: added to the only one of ``outs`` too. ``slots`` as in
+    ``down``, of each member.
     """
     members = _members(offsets) if backward else 1
     first, count, _ = work.tiles_of(members)
@@ -135,7 +135,8 @@ def grad_hidden_and_up(
     """``dhidden_m = scale dy_m B_m`` and ``dB_m += scale dy_m^T hidden_m`` of a group, in one pass over each dy.
 
     ``clusters``: the form for compute capability 9.0 and later, or the one for all. Default: what the device has.
-    ``clusters_per_run``: how many of them share the columns. Default: as many as fill the device.
+    ``clusters_per_run``: how many of them share the columns of a member. Default: as many as fill the device, if their
+    walks are long enough.
     """
     counts = work.counts
     clusters = kernels().has_clusters() if clusters is None else clusters

@@ -138,7 +138,7 @@ def swiglu_grad(
     token_index: Tensor,
     steps: int = 0,
 ) -> None:
-    """All of backward, without dropout: in one pass for adapters of few ranks, in four for the others."""
+    """All of backward, without dropout: in one launch for adapters of few ranks, in three for the others."""
     wide, counts = _wide(work), work.counts
     act = None if wide is None else torch.empty_like(gate)
     kernels().swiglu_grad(

@@ -198,8 +198,7 @@ def lora_up(
     for y in ys:
         reference.check_rows(y, host)
     if device:
-        max_rank = hidden.shape[1] // len(ys)
-        return cuda.lora_up(ys, hidden, weight, cuda.Work(*device[:-1]), device[-1], max_rank, token_index, residual)
+        return cuda.lora_up(ys, hidden, weight, cuda.Work(*device[:-1]), device[-1], token_index, residual)
     outs: list[Tensor] = _products(*ys).lora_up(ys, hidden, weight, offsets, host)
     return outs if residual is None else [outs[0] + residual]
 

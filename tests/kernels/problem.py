@@ -15,8 +15,10 @@ from plora.kernels.schedule import DeviceTables, Work
 GAP = 64  # elements of NaN between factors: reading beyond one shows
 STANDARD_MIX = [8] * 16 + [16] * 8 + [32] * 4 + [64] * 2 + [128] * 2
 INPUT_KEY = combine(12, 34)
-# dh and dB in one pass as suits the device; with as many clusters as can be; as suits any device; in two passes
-FORMS = ("one pass", "many clusters", "without clusters", "apart")
+# dh and dB in one pass as suits the device; with as many clusters as can be; as suits any device; in two passes; and,
+# whatever suits the device, walks as long as can be, but as short as can be where they share sums
+FORMS = ("one pass", "many clusters", "without clusters", "apart", "long walks")
+MANY = 1 << 20
 
 
 def ragged(total: int, n: int, seed: int = 0) -> list[int]:
@@ -136,8 +138,9 @@ class Problem:
         nan, index, weight, work, grad = float("nan"), self.token_index, self.weight, self.work, self.grad.clone()
         hidden = self.random(self.rows, self.members * self.columns).fill_(nan)
         dhidden, outs, dx = hidden.clone(), [torch.full_like(y, nan) for y in self.ys], torch.full_like(self.x, nan)
-        cuda.down(self.x, weight, hidden, work, self.device_offsets, index)
-        cuda.up(self.ys, hidden, weight, outs, work, self.device_offsets, index)
+        long = form == "long walks"
+        cuda.down(self.x, weight, hidden, work, self.device_offsets, index, slots=MANY if long else 0)
+        cuda.up(self.ys, hidden, weight, outs, work, self.device_offsets, index, slots=int(long))
         if form == "apart":
             for m, offsets in enumerate(self.device_offsets):
                 own_hidden, own_dhidden = (self.of_member(t, m) for t in (hidden, dhidden))
@@ -150,7 +153,7 @@ class Problem:
                 clusters_per_run=1000 if form == "many clusters" else 0,
             )  # fmt: skip
         cuda.grad_factor(self.x, dhidden, grad, work, self.device_offsets, index)
-        cuda.up([None], dhidden, weight, [dx], work, self.device_offsets, index, backward=True)
+        cuda.up([None], dhidden, weight, [dx], work, self.device_offsets, index, backward=True, slots=int(long))
         return Results(outs, hidden, dx, grad)
 
     def of_member(self, hidden: torch.Tensor, member: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from plora.kernels.schedule import DeviceTables, Work
 from tests.kernels.problem import GAP, INPUT_KEY, packed_tables
 
 # All in few passes; put together from the passes of single linears, as where there is dropout.
-FORMS = ("fused", "composed")
+FORMS = ("fused", "composed", "long walks")
 
 
 @dataclass
@@ -137,6 +137,7 @@ class SwigluProblem:
         hidden_down, dhidden = (torch.full_like(t, float("nan")) for t in (self.dhidden_down, self.hidden))
         cuda_swiglu.swiglu(*inputs, act, hidden_down, self.work, offsets, down)
         cuda_swiglu.swiglu_grad(
-            self.dact, self.dhidden_down, *inputs, grad, dgate, dup, dhidden, self.work, offsets, down, index
-        )
+            self.dact, self.dhidden_down, *inputs, grad, dgate, dup, dhidden, self.work, offsets, down, index,
+            steps=6 if form == "long walks" else 0,
+        )  # fmt: skip
         return Results(act, hidden_down, dgate, dup, dhidden, grad)

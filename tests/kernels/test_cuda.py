@@ -180,7 +180,7 @@ def test_the_composition_is_that_of_the_kernels(deterministic):
     torch.use_deterministic_algorithms(deterministic)
     try:
         hidden = cuda.lora_down(problem.x, weight, problem.work, places, index, problem.columns)
-        outs = cuda.lora_up(problem.ys, hidden, weight, problem.work, places, problem.columns, index)
+        outs = cuda.lora_up(problem.ys, hidden, weight, problem.work, places, index)
         dhidden = cuda.lora_up_backward(problem.dys, hidden, weight, grad, problem.work, places, index)
         dx = cuda.lora_down_grad_input(dhidden, problem.x.shape[1], weight, problem.work, places, index)
         cuda.grad_factor(problem.x, dhidden, grad, problem.work, places, index)
@@ -196,9 +196,10 @@ def test_the_composition_is_that_of_the_kernels(deterministic):
 def test_up_adds_in_place(n):
     problem = Problem(d=256, n=n, ranks=[8, 40, 100], counts=[70, 65, 70], base_rows=10)
     expected = problem.cuda()
-    y, hidden = problem.ys[0].clone(), problem.of_member(expected.hidden, 0)
-    cuda.up([y], hidden, problem.weight, [y], problem.work, problem.device_offsets[0], problem.token_index)
-    assert torch.equal(y, expected.outs[0])
+    for m, (y, out) in enumerate(zip(problem.ys, expected.outs, strict=True)):  # one by one
+        y, hidden = y.clone(), problem.of_member(expected.hidden, m)
+        cuda.up([y], hidden, problem.weight, [y], problem.work, problem.device_offsets[m], problem.token_index)
+        assert torch.equal(y, out)
     dx, before = problem.x.clone(), torch.empty_like(problem.x)
     arguments = (problem.work, problem.device_offsets, problem.token_index)
     cuda.up([dx], expected.hidden, problem.weight, [dx], *arguments, backward=True)
@@ -207,14 +208,15 @@ def test_up_adds_in_place(n):
     assert torch.equal(dx[-10:], problem.x[-10:])
 
 
+@pytest.mark.parametrize("slots", [0, 1])
 @pytest.mark.parametrize(("n", "d"), [(64, 320), (71, 100), (1000, 64)])
-def test_up_adds_the_residual(n, d):
+def test_up_adds_the_residual(n, d, slots):
     ranks, counts = [8, 20, 64, 65, 130, 200, 5], [70, 65, 1, 64, 300, 10, 40]
     problem = Problem(d=d, n=n, ranks=ranks, counts=counts, base_rows=70, absent=frozenset({6}))
     expected = problem.cuda()
     residual, out = problem.random(problem.rows, n), torch.full_like(problem.ys[0], float("nan"))
     arguments = (problem.weight, [out], problem.work, problem.device_offsets[0], problem.token_index)
-    cuda.up(problem.ys, expected.hidden, *arguments, residual=residual)
+    cuda.up(problem.ys, expected.hidden, *arguments, residual=residual, slots=slots)
     exact = problem.reference(torch.float64).outs[0] + residual
     assert error(out, exact) <= 1.2 * error(exact.bfloat16(), exact) + 1e-4
     without = slice(sum(counts[:6]), None)
@@ -251,8 +253,8 @@ def test_bad_arguments_are_named():
     arguments = (problem.work, problem.device_offsets, problem.token_index)
     for ys, outs, residual, message in (
         (problem.ys, problem.dys, problem.ys[0][:4], "residual must have shape"),
-        (problem.ys * 2, problem.dys, None, "as many out as y must be given, got 1 and 2"),
-        (problem.ys * 2, problem.dys * 2, None, "out must be of one linear or of each of 1, got 2"),
+        (problem.ys * 2, problem.dys, None, r"ys must be 1 tensors by offsets of shape \[1, 3\], got 2"),
+        (problem.ys * 2, problem.dys * 2, None, r"outs must be 1 tensors by offsets of shape \[1, 3\], got 2"),
     ):
         with pytest.raises(RuntimeError, match=message):
             cuda.up(ys, hidden, problem.weight, outs, *arguments, residual=residual)

@@ -8,6 +8,7 @@ import torch
 
 from plora.kernels.reference import Tables
 from plora.kernels.schedule import (
+    CLUSTER,
     FUSED_RANKS,
     MAX_GROUP_SPLITS,
     MAX_SPLITS,
@@ -132,6 +133,10 @@ def test_lists_of_a_group_are_found_in_the_tables(members):
     splits = MAX_SPLITS if members == 1 else MAX_GROUP_SPLITS
     assert len(work.partials) >= blocks * splits * SCRATCH_BLOCK
     assert len(work.counters) >= count
+    # A launch of grad_hidden makes those of all linears of a group, each with sums and counters of its own.
+    counts = work.counts
+    assert len(work.sums) >= members * counts.other_blocks * SCRATCH_BLOCK
+    assert len(work.counters) >= members * max(counts.runs[0], CLUSTER * counts.walks)
     first, count = work.runs_of(members)
     expected = pieces(made, RUN_ROWS, RUN_RANKS, with_base=False, members=members)
     found = work.runs[first : first + count].numpy()
