@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch import nn
 from plora.kernels import ops
 from plora.kernels.reference import Tables
 from plora.kernels.schedule import DeviceTables
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -189,3 +192,11 @@ def refuse_to_pickle(module: nn.Module, protocol: SupportsIndex) -> NoReturn:
         f"a packed model cannot be pickled ({type(module).__name__}): save packed.state_dict(), "
         "or write the adapters with plora.checkpoint.peft.export_adapter"
     )
+
+
+def deep_copy(module: Module, memo: dict[int, Any]) -> Module:
+    """For ``__deepcopy__`` of what refuses to be pickled, by which Python would copy it."""
+    clone = type(module).__new__(type(module))
+    memo[id(module)] = clone
+    clone.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return clone

@@ -8,14 +8,13 @@ wrapped, so that names stay as they are.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plora.modules.linear import PackedLoRALinear, refuse_reentrant_checkpoint, refuse_to_pickle
+from plora.modules.linear import PackedLoRALinear, deep_copy, refuse_reentrant_checkpoint, refuse_to_pickle
 
 # Names of gate, up and down: Hugging Face's and torchtune's.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -36,12 +35,7 @@ class _Fused(nn.Module):
         return down.group.up([down.base(act)], hidden_down, residual)[0]
 
     __reduce_ex__ = refuse_to_pickle
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Fused:
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return clone
+    __deepcopy__ = deep_copy
 
 
 _FUSED_KINDS: dict[tuple[type[nn.Module], tuple[str, str, str]], type[nn.Module]] = {}

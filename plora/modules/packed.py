@@ -18,7 +18,7 @@ from plora.kernels.schedule import Counts, DeviceTables, upload
 from plora.modules.adapter import Adapter, Layout
 from plora.modules.arena import Arena, aligned
 from plora.modules.config import AdapterConfig, computed_rank
-from plora.modules.linear import Group, PackedLoRALinear, Shared, refuse_to_pickle
+from plora.modules.linear import Group, PackedLoRALinear, Shared, deep_copy, refuse_to_pickle
 from plora.modules.mlp import fuse_gated_mlps, restore_gated_mlps
 from plora.modules.targets import Target, find_targets, select
 
@@ -398,11 +398,7 @@ class PackedAdapters(nn.Module):
     __reduce_ex__ = refuse_to_pickle
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedAdapters:
-        import copy
-
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        clone = deep_copy(self, memo)
         clone._bind()
         return clone
 

@@ -178,7 +178,7 @@ def _features(sample: RoundSample, scaled: StepCost, floor: bool = False) -> lis
     """What each coefficient is multiplied with in a round that is at the launch floor, or in one that is not."""
     labels = sample.tokens if sample.labels is None else sample.labels
     tokens = scaled.even_tokens(sample.tokens, sample.microbatches)
-    tokens = max(tokens, sample.microbatches * scaled.token_step)
+    tokens = scaled.product_tokens(tokens, sample.microbatches)
     work = [sample.microbatches, tokens, sample.token_rank, sample.adapters]
     more = [labels, sample.squares]
     if floor:

@@ -122,6 +122,10 @@ class StepCost:
             return tokens
         return microbatches * self.token_step * (math.ceil(tokens / microbatches / self.token_step) - 0.5)
 
+    def product_tokens(self, tokens: float, microbatches: int) -> float:
+        """Tokens whose time matrix products take: no fewer than a step's in each microbatch."""
+        return max(tokens, microbatches * self.token_step)
+
     def extra_seconds(self, token_rank: float, labels: float, squares: float) -> float:
         """Seconds of what tokens cost beside their number: their adapters' ranks, the head, attention."""
         return token_rank * self.per_token_rank + labels * self.per_label + squares * self.per_square
@@ -130,8 +134,8 @@ class StepCost:
         """Seconds of one round of so many tokens on average, from their ``extra`` seconds; otherwise as
         :meth:`round_seconds`.
         """
-        tokens = max(tokens, microbatches * self.token_step)
-        work = microbatches * self.per_microbatch + tokens * self.per_token + extra + adapters * self.per_adapter
+        products = self.product_tokens(tokens, microbatches) * self.per_token
+        work = microbatches * self.per_microbatch + products + extra + adapters * self.per_adapter
         return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
 
     def round_seconds(
