@@ -114,18 +114,23 @@ def _rounds(count: int, unit: int, longest: int) -> list[CalibrationRound]:
         _round(count, last, short, short, unit),
         _round(count, everyone, max(count, unit // 32), short, unit),
         _round(count, few, 3 * unit // 32, middle, unit),
+        _round(count, few, 2 * short, short, unit),
+        _round(count, [0, count // 2][: len(few)], 12 * short, min(2 * middle, longest, unit), unit, labelled=0.5),
         _round(count, first, short, short, unit),
+        # Another part of full than the others: matrix products work in whole waves, and some sizes suit them less.
+        _round(count, [count // 2], unit, short, unit, part=0.98),
     ]
 
 
 def _round(
-    count: int, slots: Sequence[int], tokens: int, length: int, token_budget: int, labelled: float = 1.0
-) -> CalibrationRound:
-    """About ``tokens`` spread over the adapters ``slots``, in sequences of at most ``length``."""
+    count: int, slots: Sequence[int], tokens: int, length: int, token_budget: int, labelled: float = 1.0,
+    part: float = UNEVEN,
+) -> CalibrationRound:  # fmt: skip
+    """``part`` of ``tokens`` spread over the adapters ``slots``, in sequences of at most ``length``."""
     weights = [RAGGED[i % len(RAGGED)] for i in range(len(slots))]
     lengths: list[tuple[int, ...]] = [()] * count
     for slot, weight in zip(slots, weights, strict=True):
-        lengths[slot] = _sequences(max(2, round(UNEVEN * tokens * weight / sum(weights))), length)
+        lengths[slot] = _sequences(max(2, round(part * tokens * weight / sum(weights))), length)
     return CalibrationRound(tuple(lengths), token_budget, labelled)
 
 

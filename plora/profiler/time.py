@@ -3,12 +3,15 @@
 For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens that are computed at
 rank ``r_i`` (:func:`~plora.modules.config.computed_rank`):
 
-    T = max(m * floor, m * a + b * max(N, m * step) + c * sum_i n_i r_i + h * L + q * S + e * K) + o * P + o0
+    T = max(m * floor, m * (a + w * sqrt(P)) + b * max(N, m * step) + c * sum_i n_i r_i + h * L + q * S + e * K)
+        + o * P + o0
 
 Matrix products of fewer tokens than ``step`` take no less than those of so many: they wait for the weights. ``L`` are
 the labelled tokens, the only ones that the output head and the loss are computed for; ``S`` is the sum of the squared
 lengths of the sequences, for attention; ``P`` are the adapters' parameters on the device, which the optimizer step
-passes over. The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
+passes over. Their root stands for what a microbatch takes the longer, the more and the wider its adapters are, however
+few its tokens: no kernel is over before its widest tile is. On an H100 that is much from rank 16 to 64, and little from
+there to 128. The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
 (:func:`estimate`).
 
 A process loads the base and compiles its layers once (``load``, ``compile``); each job of it makes its pack and warms
@@ -52,6 +55,8 @@ START_SECONDS = 3.0
 SAVE_BANDWIDTH = 1.0e9
 # Rows of a GPU's matrix products at a time.
 TOKEN_STEP = 128
+# Seconds per layer and per root of the adapters' parameters: on an H100 2.6e-7 over 24 layers, 2.4e-7 over 28.
+ROOT_PER_LAYER = 1e-8
 # Part of the rate that variable-length attention over short sequences keeps.
 ATTENTION_EFFICIENCY = 0.25
 # Generation: launches and Python per layer and token, eager, and with decode steps as CUDA graphs (on an H100 4.6 ms a
@@ -73,6 +78,7 @@ class StepCost:
         per_step: ``o0``.
         per_label: ``h``.
         per_square: ``q``.
+        per_root_param: ``w``, per microbatch and root of the adapters' parameters on the device.
         token_step: what matrix products round a microbatch's tokens up to. A plan knows tokens on average, for which
             ``per_microbatch`` has half a step in it. A microbatch costs what one of a step's tokens does, or more.
         per_eval_token: forward pass alone, without the head.
@@ -98,6 +104,7 @@ class StepCost:
     per_step: float = 0.0
     per_label: float = 0.0
     per_square: float = 0.0
+    per_root_param: float = 0.0
     token_step: int = 1
     per_eval_token: float = 0.0
     per_generated_token: float = 0.0
@@ -135,7 +142,8 @@ class StepCost:
         :meth:`round_seconds`.
         """
         products = self.product_tokens(tokens, microbatches) * self.per_token
-        work = microbatches * self.per_microbatch + products + extra + adapters * self.per_adapter
+        launches = microbatches * (self.per_microbatch + params**0.5 * self.per_root_param)
+        work = launches + products + extra + adapters * self.per_adapter
         return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
 
     def round_seconds(
@@ -238,6 +246,7 @@ def estimate_cpu(memory: MemoryModel, threads: int) -> TimeModel:
         per_microbatch=3e-9 * memory.spec.n_params,
         per_adapter=1.3e-3 * memory.spec.num_layers,
         per_step=2e-3,
+        per_root_param=0.0,
         token_step=1,
     )
     return TimeModel(device="cpu", costs={1: cost})
@@ -264,6 +273,7 @@ def one_at_a_time(model: TimeModel, memory: MemoryModel, gpu: GPU | None) -> Tim
             floor=max(cost.floor, floor),
             per_token=cost.per_token * slower,
             per_label=cost.per_label * slower,
+            per_root_param=0.0,
             # Each is a process of its own, which loads the base; nothing is compiled.
             start=memory.base_bytes(degree) / LOAD_BANDWIDTH,
             load=0.0,
@@ -302,6 +312,7 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
         per_param=OPTIMIZER_BYTES[memory.moments] / (gpu.bandwidth * STREAM_EFFICIENCY),
         per_step=1e-3,
         per_label=4 * head / degree / rate,
+        per_root_param=ROOT_PER_LAYER * spec.num_layers,
         per_square=attention / degree / (gpu.tflops * 1e12 * ATTENTION_EFFICIENCY),
         per_eval_token=per_token / passes * 2,
         per_generated_token=2 * (linear + head) / degree / rate,

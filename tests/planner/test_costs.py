@@ -61,10 +61,23 @@ def test_rounds_of_similar_sizes_share_their_cuda_graphs():
 
 def test_work_is_the_price_of_a_load_away_from_the_floor():
     loads = [load(name, batch=32, tokens=1000, examples=320) for name in "ab"]
-    costs = make_costs(problem(loads, gpu="h100"), 1, 8000)
+    given = problem(loads, gpu="h100")
+    step = replace(given.time.cost(1), per_root_param=0.0)
+    costs = make_costs(replace(given, time=replace(given.time, costs={1: step})), 1, 8000)
     together = costs.seconds([0, 1])
     # Microbatches are full, so nothing but the optimizer's constant per round is shared.
-    assert together == pytest.approx(sum(costs.work) + 10 * costs.step.per_step, rel=1e-9)
+    assert together == pytest.approx(sum(costs.work) + 10 * step.per_step, rel=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(6))
+def test_a_round_takes_no_less_than_its_loads_by_themselves(given_problem):
+    costs = make_costs(given_problem, 1, 2048)
+    live: list[int] = []
+    for k in range(len(costs.steps)):
+        live = [*live, k] if costs.fits([*live, k]) else [k]
+        alone = sum(costs.linear[k] / costs.steps[k] + costs.params[k] * costs.step.per_param for k in live)
+        assert not costs.fits(live) or costs.round_seconds(live) >= alone * (1 - 1e-9)
 
 
 def test_budgets_leave_room_for_the_largest_adapter():

@@ -29,6 +29,16 @@ def test_a_round_is_the_larger_of_floor_and_work_plus_the_optimizer():
     assert COST.round_seconds(6000, 90000, 2, 5e6, 3) == pytest.approx(work + optimizer)
 
 
+def test_every_microbatch_takes_longer_by_the_root_of_the_parameters():
+    cost = replace(COST, per_root_param=1e-6)
+    for microbatches in (1, 3):
+        more = cost.round_seconds(6000, 90000, 2, 4e6, microbatches) - COST.round_seconds(
+            6000, 90000, 2, 4e6, microbatches
+        )
+        assert more == pytest.approx(microbatches * 2e-3)
+    assert one_at_a_time(TimeModel("h100", {1: cost}), SEVEN_B, None).cost(1).per_root_param == 0
+
+
 def test_the_h100_estimate_agrees_with_what_was_measured_there():
     # 18.8k tokens/s with the base alone; adapters of the standard mix (mean rank 24) take some of it.
     cost = estimate(GPUS["h100"], SEVEN_B).cost(1)
