@@ -192,7 +192,7 @@ def samples(rounds: Sequence[MeasuredRound]) -> list[RoundSample]:
     return [
         RoundSample(
             each.tokens, each.token_rank, each.adapters, each.params, each.microbatches, each.seconds, each.labels,
-            each.squares,
+            each.squares, each.sequences,
         )
         for each in rounds
     ]  # fmt: skip

@@ -125,10 +125,15 @@ class CostModels:
 def _carried_over(measured: StepCost, estimated: StepCost, wanted: StepCost) -> StepCost:
     """``wanted``, an estimate, off by the same factors as the estimate of what was measured.
 
-    But where CUDA graphs were measured, which show no launch floor, they say nothing of the floor without. What is no
-    coefficient of a round is as it was measured.
+    But where CUDA graphs were measured, which show no launch floor, they say nothing of the floor without. What
+    estimates take for nothing, or what is no coefficient of a round, is as it was measured.
     """
-    shown = [name for name in COEFFICIENTS if getattr(estimated, name) and (name != "floor" or measured.floor)]
-    factors = {name: getattr(measured, name) / getattr(estimated, name) for name in shown}
-    scaled = {name: getattr(wanted, name) * factors.get(name, 1.0) for name in COEFFICIENTS}
-    return replace(measured, **scaled, token_step=wanted.token_step, estimated=wanted.estimated)
+
+    def scaled(name: str) -> float:
+        found, guess, other = (float(getattr(cost, name)) for cost in (measured, estimated, wanted))
+        if name == "floor" and not found:
+            return other
+        return other * found / guess if guess else other or found
+
+    carried = {name: scaled(name) for name in COEFFICIENTS}
+    return replace(measured, **carried, token_step=wanted.token_step, estimated=wanted.estimated)

@@ -196,5 +196,5 @@ def _steady(records: Sequence[RoundRecord]) -> tuple[list[RoundRecord], float]:
 def _sample(record: RoundRecord) -> RoundSample:
     return RoundSample(
         record.tokens, record.token_rank, record.live, record.params, record.microbatches, record.seconds,
-        record.labels, record.squares,
+        record.labels, record.squares, record.sequences,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from plora.planner.costs import LARGEST_BUDGET, least_per_param, smallest_budget, tail_seconds
+from plora.planner.costs import LARGEST_BUDGET, extra_seconds, least_per_param, smallest_budget, tail_seconds
 from plora.planner.problem import Load, Problem
 
 _MIXES = tuple(i / 8 for i in range(9))
@@ -120,7 +120,7 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int, all_params: i
     size = memory.adapter_bytes(load.rank, load.target_modules, degree)
     smallest = problem.token_budget or min(other.longest for other in problem.loads)
     room = memory.adapter_room(problem.free_bytes, smallest, load.rank, degree=degree, generation=problem.generation)
-    extra = step.extra_seconds(load.token_rank, load.labels, load.squares_per_step)
+    extra = extra_seconds(step, load)
     per_token = step.per_token + step.per_microbatch / tokens
     per_param = least_per_param(step, min(all_params, room * params / size))
     start = problem.load_seconds + step.start

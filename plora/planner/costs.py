@@ -164,7 +164,7 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
     size = [memory.adapter_bytes(load.rank, load.target_modules, degree) for load in loads]
     params = [memory.adapter_params(load.rank, load.target_modules, degree) for load in loads]
     tail = [tail_seconds(step, load, count) for load, count in zip(loads, params, strict=True)]
-    extra = [step.extra_seconds(load.token_rank, load.labels, load.squares_per_step) for load in loads]
+    extra = [extra_seconds(step, load) for load in loads]
     per_token = step.per_token + step.per_microbatch / tokens
     per_param = least_per_param(step, min(sum(params), room * max(p / b for p, b in zip(params, size, strict=True))))
     linear = [
@@ -195,6 +195,11 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
             for load, bytes_ in zip(loads, size, strict=True)
         ],
     )
+
+
+def extra_seconds(step: StepCost, load: Load) -> float:
+    """Seconds of a step of a load beside those of its tokens' number."""
+    return step.extra_seconds(load.token_rank, load.labels, load.squares_per_step, load.sequences_per_step)
 
 
 def least_per_param(step: StepCost, most: float) -> float:

@@ -34,6 +34,7 @@ class Load:
         generated_tokens: tokens it generates for its metric in all.
         labels_per_step: labelled tokens of one of its batches, on average; None where all of them are.
         squares_per_step: squared lengths of the sequences of one of its batches, summed, on average.
+        sequences_per_step: how many of them.
         spread: standard deviation of the tokens of one of its batches.
     """
 
@@ -47,6 +48,7 @@ class Load:
     generated_tokens: int = 0
     labels_per_step: float | None = None
     squares_per_step: float = 0.0
+    sequences_per_step: float = 0.0
     spread: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class Load:
         return (
             self.rank, self.steps, self.tokens_per_step, self.longest,
             self.target_modules, self.eval_tokens, self.generated_tokens, self.labels, self.squares_per_step,
-            self.spread,
+            self.sequences_per_step, self.spread,
         )  # fmt: skip
 
 
@@ -211,6 +213,7 @@ def load_trials(
                 generated_tokens=generated_tokens(trial) if generated_tokens else 0,
                 labels_per_step=batch * labels(trial) / len(sizes) if labels else None,
                 squares_per_step=batch * squares / len(sizes),
+                sequences_per_step=batch,
                 spread=(batch * max(0.0, variance)) ** 0.5,
             )
         )

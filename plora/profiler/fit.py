@@ -32,7 +32,7 @@ LIBRARIES_WEIGHT, LIBRARY_BYTES = {"cuda": 1e-4, "cpu": 1e-7}, 100 * MIB
 
 COEFFICIENTS = (
     "floor", "per_microbatch", "per_token", "per_token_rank", "per_adapter", "per_param", "per_step", "per_label",
-    "per_square", "per_root_param",
+    "per_square", "per_sequence", "per_root_param",
 )  # fmt: skip
 _OTHERS = ("per_eval_token", "per_generated_token", "per_decode_step")
 
@@ -50,6 +50,7 @@ class RoundSample:
         seconds: what it took, optimizer included.
         labels: labelled tokens; None where all are.
         squares: squared lengths of the sequences, summed.
+        sequences: how many of them.
     """
 
     tokens: float
@@ -60,6 +61,7 @@ class RoundSample:
     seconds: float
     labels: float | None = None
     squares: float = 0.0
+    sequences: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.seconds > 0 or self.microbatches < 1:
@@ -68,8 +70,9 @@ class RoundSample:
     def predicted(self, cost: StepCost) -> float:
         """Seconds that a time model gives this round."""
         return cost.round_seconds(
-            self.tokens, self.token_rank, self.adapters, self.params, self.microbatches, self.labels, self.squares
-        )
+            self.tokens, self.token_rank, self.adapters, self.params, self.microbatches, self.labels, self.squares,
+            self.sequences,
+        )  # fmt: skip
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,6 +105,7 @@ def _mean(group: Sequence[RoundSample]) -> RoundSample:
         seconds=float(np.median([sample.seconds for sample in group])),
         labels=float(np.mean(labels)),
         squares=mean("squares"),
+        sequences=mean("sequences"),
     )
 
 
@@ -180,9 +184,9 @@ def _features(sample: RoundSample, scaled: StepCost, floor: bool = False) -> lis
     tokens = scaled.even_tokens(sample.tokens, sample.microbatches)
     tokens = scaled.product_tokens(tokens, sample.microbatches)
     work = [sample.microbatches, tokens, sample.token_rank, sample.adapters]
-    more = [labels, sample.squares, sample.microbatches * sample.params**0.5]
+    more = [labels, sample.squares, sample.sequences, sample.microbatches * sample.params**0.5]
     if floor:
-        return [sample.microbatches, 0.0, 0.0, 0.0, 0.0, sample.params, 1.0, 0.0, 0.0, 0.0]
+        return [sample.microbatches, 0.0, 0.0, 0.0, 0.0, sample.params, 1.0, 0.0, 0.0, 0.0, 0.0]
     return [0.0, *work, sample.params, 1.0, *more]
 
 

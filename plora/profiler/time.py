@@ -3,16 +3,16 @@
 For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens that are computed at
 rank ``r_i`` (:func:`~plora.modules.config.computed_rank`):
 
-    T = max(m * floor, m * (a + w * sqrt(P)) + b * max(N, m * step) + c * sum_i n_i r_i + h * L + q * S + e * K)
+    T = max(m * floor, m * (a + w * sqrt(P)) + b * max(N, m * step) + c * sum_i n_i r_i + h * L + q * S + g * Q + e * K)
         + o * P + o0
 
 Matrix products of fewer tokens than ``step`` take no less than those of so many: they wait for the weights. ``L`` are
 the labelled tokens, the only ones that the output head and the loss are computed for; ``S`` is the sum of the squared
-lengths of the sequences, for attention; ``P`` are the adapters' parameters on the device, which the optimizer step
-passes over. Their root stands for what a microbatch takes the longer, the more and the wider its adapters are, however
-few its tokens: no kernel is over before its widest tile is. On an H100 that is much from rank 16 to 64, and little from
-there to 128. The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated, from a data sheet
-(:func:`estimate`).
+lengths of the ``Q`` sequences, for attention, which works on tiles of rows of one sequence; ``P`` are the adapters'
+parameters on the device, which the optimizer step passes over. Their root stands for what a microbatch takes the
+longer, the more and the wider its adapters are, however few its tokens: no kernel is over before its widest tile is. On
+an H100 that is much from rank 16 to 64, and little from there to 128. The coefficients come from measured rounds
+(:func:`fit_time`) or, marked estimated, from a data sheet (:func:`estimate`).
 
 A process loads the base and compiles its layers once (``load``, ``compile``); each job of it makes its pack and warms
 up (``start``), and each trial is evaluated and saved.
@@ -53,7 +53,7 @@ COMPILE_SECONDS = 45.0
 START_SECONDS = 3.0
 # Writing adapters to a local disk, bytes/s.
 SAVE_BANDWIDTH = 1.0e9
-# Rows of a GPU's matrix products at a time.
+# Rows of a GPU's matrix products, and of attention within a sequence, at a time.
 TOKEN_STEP = 128
 # Seconds per layer and per root of the adapters' parameters: on an H100 2.6e-7 over 24 layers, 2.4e-7 over 28.
 ROOT_PER_LAYER = 1e-8
@@ -78,6 +78,7 @@ class StepCost:
         per_step: ``o0``.
         per_label: ``h``.
         per_square: ``q``.
+        per_sequence: ``g``.
         per_root_param: ``w``, per microbatch and root of the adapters' parameters on the device.
         token_step: what matrix products round a microbatch's tokens up to. A plan knows tokens on average, for which
             ``per_microbatch`` has half a step in it. A microbatch costs what one of a step's tokens does, or more.
@@ -104,6 +105,7 @@ class StepCost:
     per_step: float = 0.0
     per_label: float = 0.0
     per_square: float = 0.0
+    per_sequence: float = 0.0
     per_root_param: float = 0.0
     token_step: int = 1
     per_eval_token: float = 0.0
@@ -133,9 +135,10 @@ class StepCost:
         """Tokens whose time matrix products take: no fewer than a step's in each microbatch."""
         return max(tokens, microbatches * self.token_step)
 
-    def extra_seconds(self, token_rank: float, labels: float, squares: float) -> float:
+    def extra_seconds(self, token_rank: float, labels: float, squares: float, sequences: float) -> float:
         """Seconds of what tokens cost beside their number: their adapters' ranks, the head, attention."""
-        return token_rank * self.per_token_rank + labels * self.per_label + squares * self.per_square
+        attention = squares * self.per_square + sequences * self.per_sequence
+        return token_rank * self.per_token_rank + labels * self.per_label + attention
 
     def round_of(self, tokens: float, extra: float, adapters: int, params: float, microbatches: int) -> float:
         """Seconds of one round of so many tokens on average, from their ``extra`` seconds; otherwise as
@@ -155,6 +158,7 @@ class StepCost:
         microbatches: int,
         labels: float | None = None,
         squares: float = 0.0,
+        sequences: float = 0.0,
     ) -> float:
         """Seconds of one round of just so many tokens.
 
@@ -166,8 +170,9 @@ class StepCost:
             microbatches: ``m``.
             labels: labelled tokens, ``L``; all of them if None.
             squares: squared lengths of the sequences, summed, ``S``.
+            sequences: how many of them, ``Q``.
         """
-        extra = self.extra_seconds(token_rank, tokens if labels is None else labels, squares)
+        extra = self.extra_seconds(token_rank, tokens if labels is None else labels, squares, sequences)
         return self.round_of(self.even_tokens(tokens, microbatches), extra, adapters, params, microbatches)
 
     def eval_seconds(self, tokens: float, labels: float) -> float:
@@ -247,6 +252,7 @@ def estimate_cpu(memory: MemoryModel, threads: int) -> TimeModel:
         per_adapter=1.3e-3 * memory.spec.num_layers,
         per_step=2e-3,
         per_root_param=0.0,
+        per_sequence=0.0,
         token_step=1,
     )
     return TimeModel(device="cpu", costs={1: cost})
@@ -302,6 +308,7 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
     per_token = passes * linear / degree / rate + bytes_sent / gpu.link
     # Scores and weighted values, half of them masked; the backward pass computes the scores anew.
     attention = (passes / 4) * 7 * spec.num_layers * spec.num_heads * spec.head_dim
+    per_square = attention / degree / (gpu.tflops * 1e12 * ATTENTION_EFFICIENCY)
     return StepCost(
         floor=max(streamed, launches) + latency,
         per_microbatch=latency + 5e-5 * spec.num_layers,
@@ -313,7 +320,8 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
         per_step=1e-3,
         per_label=4 * head / degree / rate,
         per_root_param=ROOT_PER_LAYER * spec.num_layers,
-        per_square=attention / degree / (gpu.tflops * 1e12 * ATTENTION_EFFICIENCY),
+        per_square=per_square,
+        per_sequence=per_square * TOKEN_STEP**2,
         per_eval_token=per_token / passes * 2,
         per_generated_token=2 * (linear + head) / degree / rate,
         per_decode_step=streamed / passes * 2 + decoding * spec.num_layers,

@@ -208,8 +208,8 @@ class PackJob:
         self._rounds += 1
         record = RoundRecord(
             self._rounds, work["tokens"], padding, n_microbatches, 0.0, len(live), self._tokens_left(),
-            token_rank=work["token_rank"], labels=work["labels"], squares=work["squares"], params=work["params"],
-            set_up=set_up,
+            token_rank=work["token_rank"], labels=work["labels"], squares=work["squares"],
+            sequences=work["sequences"], params=work["params"], set_up=set_up,
         )  # fmt: skip
         return _Round(record, steps, readback)
 

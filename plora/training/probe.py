@@ -40,6 +40,7 @@ class MeasuredRound:
         token_rank: tokens times computed rank, summed over the adapters.
         labels: labelled tokens.
         squares: squared lengths of the sequences, summed.
+        sequences: how many of them.
         adapters: that took part.
         params: parameters of those.
         microbatches: forward and backward passes.
@@ -54,6 +55,7 @@ class MeasuredRound:
     token_rank: int
     labels: int
     squares: int
+    sequences: int
     adapters: int
     params: int
     microbatches: int

@@ -103,6 +103,7 @@ class RoundRecord:
         token_rank: tokens times computed rank, summed over the trials.
         labels: labelled tokens.
         squares: squared lengths of the sequences, summed.
+        sequences: how many of them.
         params: parameters of the trials' adapters.
         set_up: microbatches for which a CUDA graph was prepared, which takes far longer than to replay it.
     """
@@ -117,6 +118,7 @@ class RoundRecord:
     token_rank: int = 0
     labels: int = 0
     squares: int = 0
+    sequences: int = 0
     params: int = 0
     set_up: int = 0
 

@@ -61,10 +61,10 @@ def work_of(packed: PackedAdapters, batches: Mapping[int, Sequence[Example]]) ->
     """What a round of these batches consists of, as the cost model counts it.
 
     Returns:
-        ``tokens``, ``token_rank`` (tokens times computed rank), ``labels``, ``squares`` (of the sequences' lengths),
-        and of the slots that take part ``adapters`` and their ``params``.
+        ``tokens``, ``token_rank`` (tokens times computed rank), ``labels``, ``squares`` (of the lengths of
+        the ``sequences``), and of the slots that take part ``adapters`` and their ``params``.
     """
-    work = dict.fromkeys(("tokens", "token_rank", "labels", "squares", "adapters", "params"), 0)
+    work = dict.fromkeys(("tokens", "token_rank", "labels", "squares", "sequences", "adapters", "params"), 0)
     adapters = packed.adapters
     for slot, batch in batches.items():
         lengths = [len(example) for example in batch]
@@ -72,6 +72,7 @@ def work_of(packed: PackedAdapters, batches: Mapping[int, Sequence[Example]]) ->
         work["token_rank"] += sum(lengths) * computed_rank(adapters[slot].config.rank)
         work["labels"] += sum(example.n_labels for example in batch)
         work["squares"] += sum(length * length for length in lengths)
+        work["sequences"] += len(lengths)
         work["adapters"] += 1
         work["params"] += adapters[slot].layout.numel
     return work

@@ -64,6 +64,14 @@ def test_what_is_measured_without_recomputation_corrects_the_estimate_with_it(tm
     assert models.memory(recomputing) == recomputing
 
 
+def test_a_cost_that_estimates_take_for_nothing_is_carried_over_too(tmp_path: Path) -> None:
+    models, recomputing = CostModels(torch.device("cpu"), tmp_path), replace(ON_CPU, activation_checkpointing=True)
+    measured = profile(models, ON_CPU, 1 << 30)
+    models.keep(replace(measured, costs={1: replace(measured.costs[1], per_sequence=0.02)}))
+    assert models.estimate(recomputing).cost(1).per_sequence == 0
+    assert models.time(recomputing).cost(1).per_sequence == 0.02
+
+
 def test_graphs_that_were_measured_say_nothing_of_the_launch_floor_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ def test_segments_add_up_to_the_rounds_one_by_one(given_problem, offsets):
 def test_a_round_is_split_into_microbatches_under_the_budget():
     costs = make_costs(problem([load("a", batch=32, tokens=200)]), 1, 1024)
     step = costs.step
-    extra = step.extra_seconds(6400.0 * 16, 6400.0, 0.0)
+    extra = step.extra_seconds(6400.0 * 16, 6400.0, 0.0, 0.0)
     expected = step.round_of(6400.0, extra, 1, costs.params[0], 7)
     assert costs.round_seconds([0]) == expected
 

@@ -32,6 +32,7 @@ def samples(memory, cost, chosen: Calibration) -> list[RoundSample]:
             1.0,
             each.tokens * each.labelled,
             sum(length**2 for _, own in used for length in own),
+            sum(len(own) for _, own in used),
         )
         made.append(replace(plain, seconds=plain.predicted(cost)))
     return made
@@ -62,6 +63,7 @@ def test_its_rounds_tell_the_coefficients_apart(memory, cost, free):
         per_token_rank=2 * cost.per_token_rank,
         per_label=0.7 * cost.per_label,
         per_square=3 * cost.per_square,
+        per_sequence=2 * cost.per_sequence,
         per_param=1.3 * cost.per_param,
         per_root_param=0.5 * cost.per_root_param,
         per_adapter=4 * cost.per_adapter,
@@ -73,7 +75,7 @@ def test_its_rounds_tell_the_coefficients_apart(memory, cost, free):
         (4096, 1, 16, 1.0, 128), (8192, 32, 24, 0.3, 200), (600, 4, 64, 1.0, 60), (100, 1, 8, 1.0, 100),
     ):  # fmt: skip
         params = memory.adapter_params(adapters * rank)
-        work = (tokens, tokens * rank, adapters, params, 1, labelled * tokens, tokens * length)
+        work = (tokens, tokens * rank, adapters, params, 1, labelled * tokens, tokens * length, tokens // length)
         assert fitted.round_seconds(*work) == pytest.approx(truth.round_seconds(*work), rel=0.1)
 
 

@@ -29,6 +29,12 @@ def test_a_round_is_the_larger_of_floor_and_work_plus_the_optimizer():
     assert COST.round_seconds(6000, 90000, 2, 5e6, 3) == pytest.approx(work + optimizer)
 
 
+def test_sequences_and_their_squares_are_what_attention_takes():
+    cost = replace(COST, per_square=1e-8, per_sequence=1e-5)
+    more = cost.round_seconds(6000, 0, 1, 0, 1, 0, 6e5, 50) - COST.round_seconds(6000, 0, 1, 0, 1, 0, 6e5, 50)
+    assert more == pytest.approx(6e5 * 1e-8 + 50 * 1e-5)
+
+
 def test_every_microbatch_takes_longer_by_the_root_of_the_parameters():
     cost = replace(COST, per_root_param=1e-6)
     for microbatches in (1, 3):

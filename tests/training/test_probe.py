@@ -30,6 +30,7 @@ def test_a_round_counts_what_it_trains(base: BaseModel, peaks: PeakMemory) -> No
         assert not torch.equal(probe.packed.arena.weight, weights)  # it trains
     assert (measured.tokens, measured.token_rank, measured.squares) == (60, 30 * 16 + 30 * 16, 100 + 400 + 900)
     assert (measured.adapters, measured.params, measured.microbatches) == (2, sum(params), 2)
+    assert measured.sequences == 3
     assert measured.labels == 5 + 10 + 15
     assert 30 <= measured.largest <= 40
     assert measured.seconds > 0
