@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from plora.planner.costs import LARGEST_BUDGET, extra_seconds, least_per_param, smallest_budget, tail_seconds
+from plora.planner.costs import LARGEST_BUDGET, extra_seconds, smallest_budget, tail_seconds
 from plora.planner.problem import Load, Problem
 
 _MIXES = tuple(i / 8 for i in range(9))
@@ -94,11 +94,6 @@ def _least_costs(problem: Problem) -> list[list[_Least]]:
     """Per trial its least costs at each degree at which it fits; trials that are alike share them."""
     known: dict[tuple, list[_Least]] = {}
     budgets: dict[tuple, int] = {}
-    memory = problem.memory
-    params = {
-        degree: sum(memory.adapter_params(load.rank, load.target_modules, degree) for load in problem.loads)
-        for degree in problem.degrees
-    }
     for load in problem.loads:
         if load.kind in known:
             continue
@@ -108,13 +103,13 @@ def _least_costs(problem: Problem) -> list[list[_Least]]:
             if key not in budgets:
                 budgets[key] = largest_budget(problem, degree, load.rank, load.target_modules, load.longest)
             if budgets[key]:
-                options.append(_least(problem, load, degree, budgets[key], params[degree]))
+                options.append(_least(problem, load, degree, budgets[key]))
         assert options, "check_fits comes first"
         known[load.kind] = options
     return [known[load.kind] for load in problem.loads]
 
 
-def _least(problem: Problem, load: Load, degree: int, tokens: int, all_params: int) -> _Least:
+def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
     step, memory = problem.time.cost(degree), problem.memory
     params = memory.adapter_params(load.rank, load.target_modules, degree)
     size = memory.adapter_bytes(load.rank, load.target_modules, degree)
@@ -122,7 +117,6 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int, all_params: i
     room = memory.adapter_room(problem.free_bytes, smallest, load.rank, degree=degree, generation=problem.generation)
     extra = extra_seconds(step, load)
     per_token = step.per_token + step.per_microbatch / tokens
-    per_param = least_per_param(step, min(all_params, room * params / size))
     start = problem.load_seconds + step.start
     alone = step.round_of(
         load.tokens_per_step,
@@ -135,7 +129,7 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int, all_params: i
     return _Least(
         degree=degree,
         start=start,
-        linear=load.steps * (load.tokens_per_step * per_token + extra + step.per_adapter + params * per_param),
+        linear=load.steps * (load.tokens_per_step * per_token + extra + step.per_adapter),
         optimizer=load.steps * params * step.per_param,
         floor=load.steps * step.floor,
         memory_share=size / room,

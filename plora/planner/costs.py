@@ -46,7 +46,6 @@ class Costs:
         size: bytes of the adapter on a device.
         params: parameters of the adapter on a device.
         tail: seconds of evaluation and saving.
-        per_param: seconds a round that a parameter takes at least, beside the optimizer's (:func:`least_per_param`).
         linear: seconds of its tokens and its adapter in rounds that are not at the launch floor.
         work: the same with the optimizer and ``tail``: what it adds to such a job.
         eligible: whether the load can be alone in a job here.
@@ -64,7 +63,6 @@ class Costs:
     size: list[int]
     params: list[int]
     tail: list[float]
-    per_param: float
     linear: list[float]
     work: list[float]
     eligible: list[bool]
@@ -166,10 +164,9 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
     tail = [tail_seconds(step, load, count) for load, count in zip(loads, params, strict=True)]
     extra = [extra_seconds(step, load) for load in loads]
     per_token = step.per_token + step.per_microbatch / tokens
-    per_param = least_per_param(step, min(sum(params), room * max(p / b for p, b in zip(params, size, strict=True))))
     linear = [
-        load.steps * (load.tokens_per_step * per_token + more + step.per_adapter + count * per_param)
-        for load, more, count in zip(loads, extra, params, strict=True)
+        load.steps * (load.tokens_per_step * per_token + more + step.per_adapter)
+        for load, more in zip(loads, extra, strict=True)
     ]
     return Costs(
         problem=problem,
@@ -184,7 +181,6 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
         size=size,
         params=params,
         tail=tail,
-        per_param=per_param,
         linear=linear,
         work=[
             seconds + load.steps * count * step.per_param + after
@@ -200,13 +196,6 @@ def make_costs(problem: Problem, degree: int, tokens: int, max_rank: int | None 
 def extra_seconds(step: StepCost, load: Load) -> float:
     """Seconds of a step of a load beside those of its tokens' number."""
     return step.extra_seconds(load.token_rank, load.labels, load.squares_per_step, load.sequences_per_step)
-
-
-def least_per_param(step: StepCost, most: float) -> float:
-    """Seconds that one more parameter adds to a microbatch, on average, where no more than ``most`` are alive: the root
-    in the time model is above its chord.
-    """
-    return step.per_root_param / max(1.0, most) ** 0.5
 
 
 def tail_seconds(step: StepCost, load: Load, params: int) -> float:
@@ -290,7 +279,8 @@ def _own_table(problem: Problem, degree: int, k: int) -> Costs | None:
 
 def _knee(step: StepCost, budgets: Sequence[int], slack: float) -> int:
     def per_token(tokens: int) -> float:
-        return max(step.floor / tokens, step.per_microbatch / tokens + step.per_token + step.per_label)
+        fixed = step.per_microbatch + step.per_tile
+        return max(step.floor / tokens, fixed / tokens + step.per_token + step.per_label)
 
     best = min(per_token(tokens) for tokens in budgets)
     return next(tokens for tokens in budgets if per_token(tokens) <= (1 + slack) * best)

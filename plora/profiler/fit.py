@@ -32,7 +32,7 @@ LIBRARIES_WEIGHT, LIBRARY_BYTES = {"cuda": 1e-4, "cpu": 1e-7}, 100 * MIB
 
 COEFFICIENTS = (
     "floor", "per_microbatch", "per_token", "per_token_rank", "per_adapter", "per_param", "per_step", "per_label",
-    "per_square", "per_sequence", "per_root_param",
+    "per_square", "per_sequence", "per_tile",
 )  # fmt: skip
 _OTHERS = ("per_eval_token", "per_generated_token", "per_decode_step")
 
@@ -184,7 +184,7 @@ def _features(sample: RoundSample, scaled: StepCost, floor: bool = False) -> lis
     tokens = scaled.even_tokens(sample.tokens, sample.microbatches)
     tokens = scaled.product_tokens(tokens, sample.microbatches)
     work = [sample.microbatches, tokens, sample.token_rank, sample.adapters]
-    more = [labels, sample.squares, sample.sequences, sample.microbatches * sample.params**0.5]
+    more = [labels, sample.squares, sample.sequences, sample.microbatches * scaled.tiles(sample.params)]
     if floor:
         return [sample.microbatches, 0.0, 0.0, 0.0, 0.0, sample.params, 1.0, 0.0, 0.0, 0.0, 0.0]
     return [0.0, *work, sample.params, 1.0, *more]

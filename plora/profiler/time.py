@@ -3,16 +3,16 @@
 For a round of ``N`` tokens in ``m`` microbatches, shared by ``K`` adapters with ``n_i`` tokens that are computed at
 rank ``r_i`` (:func:`~plora.modules.config.computed_rank`):
 
-    T = max(m * floor, m * (a + w * sqrt(P)) + b * max(N, m * step) + c * sum_i n_i r_i + h * L + q * S + g * Q + e * K)
-        + o * P + o0
+    T = max(m * floor, m * (a + w * min(1, P / P_tile)) + b * max(N, m * step) + c * sum_i n_i r_i + h * L + q * S
+            + g * Q + e * K) + o * P + o0
 
 Matrix products of fewer tokens than ``step`` take no less than those of so many: they wait for the weights. ``L`` are
 the labelled tokens, the only ones that the output head and the loss are computed for; ``S`` is the sum of the squared
 lengths of the ``Q`` sequences, for attention, which works on tiles of rows of one sequence; ``P`` are the adapters'
-parameters on the device, which the optimizer step passes over. Their root stands for what a microbatch takes the
-longer, the more and the wider its adapters are, however few its tokens: no kernel is over before its widest tile is. On
-an H100 that is much from rank 16 to 64, and little from there to 128. The coefficients come from measured rounds
-(:func:`fit_time`) or, marked estimated, from a data sheet (:func:`estimate`).
+parameters on the device, which the optimizer step passes over. A microbatch takes the longer, however few its tokens,
+the wider its adapters are, until they have ``P_tile`` together, which fill the widest tiles of the kernels: from there
+on more of them work side by side. The coefficients come from measured rounds (:func:`fit_time`) or, marked estimated,
+from a data sheet (:func:`estimate`).
 
 A process loads the base and compiles its layers once (``load``, ``compile``); each job of it makes its pack and warms
 up (``start``), and each trial is evaluated and saved.
@@ -55,8 +55,9 @@ START_SECONDS = 3.0
 SAVE_BANDWIDTH = 1.0e9
 # Rows of a GPU's matrix products, and of attention within a sequence, at a time.
 TOKEN_STEP = 128
-# Seconds per layer and per root of the adapters' parameters: on an H100 2.6e-7 over 24 layers, 2.4e-7 over 28.
-ROOT_PER_LAYER = 1e-8
+# Ranks of the kernels' widest tiles, and seconds that full ones take longer, per layer: on an H100 1.8 ms over 24
+# layers, 2.4 over 28.
+TILE_RANKS, TILE_PER_LAYER = 128, 8e-5
 # Part of the rate that variable-length attention over short sequences keeps.
 ATTENTION_EFFICIENCY = 0.25
 # Generation: launches and Python per layer and token, eager, and with decode steps as CUDA graphs (on an H100 4.6 ms a
@@ -79,7 +80,8 @@ class StepCost:
         per_label: ``h``.
         per_square: ``q``.
         per_sequence: ``g``.
-        per_root_param: ``w``, per microbatch and root of the adapters' parameters on the device.
+        per_tile: ``w``, per microbatch.
+        tile_params: ``P_tile``.
         token_step: what matrix products round a microbatch's tokens up to. A plan knows tokens on average, for which
             ``per_microbatch`` has half a step in it. A microbatch costs what one of a step's tokens does, or more.
         per_eval_token: forward pass alone, without the head.
@@ -106,7 +108,8 @@ class StepCost:
     per_label: float = 0.0
     per_square: float = 0.0
     per_sequence: float = 0.0
-    per_root_param: float = 0.0
+    per_tile: float = 0.0
+    tile_params: float = 1.0
     token_step: int = 1
     per_eval_token: float = 0.0
     per_generated_token: float = 0.0
@@ -135,6 +138,10 @@ class StepCost:
         """Tokens whose time matrix products take: no fewer than a step's in each microbatch."""
         return max(tokens, microbatches * self.token_step)
 
+    def tiles(self, params: float) -> float:
+        """The part of the kernels' widest tiles that adapters of so many parameters fill together, at most 1."""
+        return min(1.0, params / self.tile_params)
+
     def extra_seconds(self, token_rank: float, labels: float, squares: float, sequences: float) -> float:
         """Seconds of what tokens cost beside their number: their adapters' ranks, the head, attention."""
         attention = squares * self.per_square + sequences * self.per_sequence
@@ -145,7 +152,7 @@ class StepCost:
         :meth:`round_seconds`.
         """
         products = self.product_tokens(tokens, microbatches) * self.per_token
-        launches = microbatches * (self.per_microbatch + params**0.5 * self.per_root_param)
+        launches = microbatches * (self.per_microbatch + self.tiles(params) * self.per_tile)
         work = launches + products + extra + adapters * self.per_adapter
         return max(microbatches * self.floor, work) + params * self.per_param + self.per_step
 
@@ -251,7 +258,7 @@ def estimate_cpu(memory: MemoryModel, threads: int) -> TimeModel:
         per_microbatch=3e-9 * memory.spec.n_params,
         per_adapter=1.3e-3 * memory.spec.num_layers,
         per_step=2e-3,
-        per_root_param=0.0,
+        per_tile=0.0,
         per_sequence=0.0,
         token_step=1,
     )
@@ -279,7 +286,7 @@ def one_at_a_time(model: TimeModel, memory: MemoryModel, gpu: GPU | None) -> Tim
             floor=max(cost.floor, floor),
             per_token=cost.per_token * slower,
             per_label=cost.per_label * slower,
-            per_root_param=0.0,
+            per_tile=0.0,
             # Each is a process of its own, which loads the base; nothing is compiled.
             start=memory.base_bytes(degree) / LOAD_BANDWIDTH,
             load=0.0,
@@ -319,7 +326,8 @@ def _estimate_cost(gpu: GPU, memory: MemoryModel, degree: int) -> StepCost:
         per_param=OPTIMIZER_BYTES[memory.moments] / (gpu.bandwidth * STREAM_EFFICIENCY),
         per_step=1e-3,
         per_label=4 * head / degree / rate,
-        per_root_param=ROOT_PER_LAYER * spec.num_layers,
+        per_tile=TILE_PER_LAYER * spec.num_layers,
+        tile_params=memory.adapter_params(TILE_RANKS, degree=degree),
         per_square=per_square,
         per_sequence=per_square * TOKEN_STEP**2,
         per_eval_token=per_token / passes * 2,

@@ -62,7 +62,7 @@ def test_rounds_of_similar_sizes_share_their_cuda_graphs():
 def test_work_is_the_price_of_a_load_away_from_the_floor():
     loads = [load(name, batch=32, tokens=1000, examples=320) for name in "ab"]
     given = problem(loads, gpu="h100")
-    step = replace(given.time.cost(1), per_root_param=0.0)
+    step = replace(given.time.cost(1), per_tile=0.0)
     costs = make_costs(replace(given, time=replace(given.time, costs={1: step})), 1, 8000)
     together = costs.seconds([0, 1])
     # Microbatches are full, so nothing but the optimizer's constant per round is shared.

@@ -65,7 +65,7 @@ def test_its_rounds_tell_the_coefficients_apart(memory, cost, free):
         per_square=3 * cost.per_square,
         per_sequence=2 * cost.per_sequence,
         per_param=1.3 * cost.per_param,
-        per_root_param=0.5 * cost.per_root_param,
+        per_tile=0.5 * cost.per_tile,
         per_adapter=4 * cost.per_adapter,
         floor=0.6 * cost.floor,
     )

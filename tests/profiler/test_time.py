@@ -35,14 +35,17 @@ def test_sequences_and_their_squares_are_what_attention_takes():
     assert more == pytest.approx(6e5 * 1e-8 + 50 * 1e-5)
 
 
-def test_every_microbatch_takes_longer_by_the_root_of_the_parameters():
-    cost = replace(COST, per_root_param=1e-6)
-    for microbatches in (1, 3):
-        more = cost.round_seconds(6000, 90000, 2, 4e6, microbatches) - COST.round_seconds(
-            6000, 90000, 2, 4e6, microbatches
-        )
-        assert more == pytest.approx(microbatches * 2e-3)
-    assert one_at_a_time(TimeModel("h100", {1: cost}), SEVEN_B, None).cost(1).per_root_param == 0
+def test_a_microbatch_takes_longer_until_the_tiles_are_full():
+    cost = replace(COST, per_tile=2e-3, tile_params=8e6)
+
+    def more(params: float, microbatches: int) -> float:
+        work = (6000, 90000, 2, params, microbatches)
+        return cost.round_seconds(*work) - COST.round_seconds(*work)
+
+    assert more(4e6, 1) == pytest.approx(1e-3)
+    assert more(4e6, 3) == pytest.approx(3e-3)
+    assert more(8e6, 1) == pytest.approx(more(8e9, 1)) == pytest.approx(2e-3)
+    assert one_at_a_time(TimeModel("h100", {1: cost}), SEVEN_B, None).cost(1).per_tile == 0
 
 
 def test_the_h100_estimate_agrees_with_what_was_measured_there():
