@@ -43,7 +43,9 @@ class _Least(NamedTuple):
 
     degree: int
     start: float
-    linear: float  # its tokens and its adapter, at the largest budget it fits with
+    linear: float  # its tokens and its adapter
+    tokens: float  # microbatches of its tokens alone, at the largest budget it fits with
+    rounds: float  # a microbatch in each of its rounds, with tiles as full as the memory that adapters take
     optimizer: float
     floor: float  # all its rounds at the launch floor
     memory_share: float  # the least part of a job's memory it occupies
@@ -56,31 +58,29 @@ def lower_bounds(problem: Problem) -> Bounds:
     """Bounds on the makespan of ``problem`` under its cost models; the trials fit (:func:`check_fits`).
 
     A round of a job takes at least ``mix * floor + (1 - mix) * linear`` for any ``mix`` in [0, 1]. The linear part is a
-    sum over the live trials; of the floor a trial bears at least the part of the memory (or of the places) it occupies.
-    So every mix gives each trial its least device-seconds at each degree, and their sum over the devices is a bound;
-    every device that works also loads and starts once.
+    sum over the live trials; of the floor a trial bears at least the part of the memory (or of the places) it occupies,
+    and of a microbatch that part or that of its tokens. So every mix gives each trial its least device-seconds at each
+    degree, and their sum over the devices is a bound; every device that works also loads and starts once.
     """
     least = _least_costs(problem)
     start = min(option.start for options in least for option in options)
     places = 1 / (problem.max_adapters or len(problem.loads))
 
-    def seconds(option: _Least, share: float, mix: float) -> float:
-        rounds = share * (mix * option.floor + option.per_step) + (1 - mix) * option.linear
+    def seconds(option: _Least, mix: float, *, by_memory: bool) -> float:
+        share, microbatches = (option.memory_share, option.rounds) if by_memory else (places, option.tokens)
+        rounds = share * (mix * option.floor + option.per_step) + (1 - mix) * (option.linear + microbatches)
         return option.tail + option.optimizer + rounds
 
     def spread(mix: float, *, by_memory: bool) -> float:
         total = sum(
-            min(
-                option.degree * seconds(option, option.memory_share if by_memory else places, mix) for option in options
-            )
-            for options in least
+            min(option.degree * seconds(option, mix, by_memory=by_memory) for option in options) for options in least
         )
         return start + total / problem.n_devices
 
     whole = 0.0
     if problem.degrees == (1,) and problem.n_devices > 1:
         # Some device gets at least ceil(n / devices) trials: it takes no less than that many of the smallest.
-        smallest = sorted(seconds(options[0], options[0].memory_share, 0.0) for options in least)
+        smallest = sorted(seconds(options[0], 0.0, by_memory=True) for options in least)
         whole = start + sum(smallest[: -(-len(smallest) // problem.n_devices)])
     return Bounds(
         work=spread(0.0, by_memory=True),
@@ -116,7 +116,8 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
     smallest = problem.token_budget or min(other.longest for other in problem.loads)
     room = memory.adapter_room(problem.free_bytes, smallest, load.rank, degree=degree, generation=problem.generation)
     extra = extra_seconds(step, load)
-    per_token = step.per_token + step.per_microbatch / tokens
+    share = size / room
+    tiles = share * min(1.0, params / share / step.tile_params)
     start = problem.load_seconds + step.start
     alone = step.round_of(
         load.tokens_per_step,
@@ -129,10 +130,12 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
     return _Least(
         degree=degree,
         start=start,
-        linear=load.steps * (load.tokens_per_step * per_token + extra + step.per_adapter),
+        linear=load.steps * (load.tokens_per_step * step.per_token + extra + step.per_adapter),
+        tokens=load.steps * load.tokens_per_step / tokens * step.per_microbatch,
+        rounds=load.steps * (share * step.per_microbatch + tiles * step.per_tile),
         optimizer=load.steps * params * step.per_param,
         floor=load.steps * step.floor,
-        memory_share=size / room,
+        memory_share=share,
         per_step=load.steps * step.per_step,
         tail=tail,
         chain=start + load.steps * alone + tail,
