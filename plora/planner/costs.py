@@ -239,7 +239,7 @@ def budget_choices(problem: Problem, degree: int) -> list[int]:
 def tabulate(problem: Problem) -> dict[int, list[Costs]]:
     """The tables worth planning with, by degree; a degree at which nothing fits is left out.
 
-    For each degree at most three budgets: the smallest, and the smallest whose time per token is within 1% and 0.25% of
+    For each degree at most three budgets: the smallest, and the smallest whose time per token is within 3% and 0.25% of
     the best (a larger microbatch only costs memory). A load that fits none of them, because the longest sequence
     belongs to one trial and the largest adapter to another, adds a table for sequences and ranks up to its own.
     """
@@ -247,7 +247,7 @@ def tabulate(problem: Problem) -> dict[int, list[Costs]]:
     for degree in problem.degrees:
         budgets = budget_choices(problem, degree)
         step = problem.time.cost(degree)
-        kept = sorted({*budgets[:1], *(_knee(step, budgets, slack) for slack in (0.01, 0.0025) if budgets)})
+        kept = sorted({*budgets[:1], *(_knee(step, budgets, slack) for slack in (0.03, 0.0025) if budgets)})
         costs = [make_costs(problem, degree, tokens) for tokens in kept]
         for k in sorted(range(len(problem.loads)), key=lambda k: (-problem.loads[k].longest, -problem.loads[k].rank)):
             if not any(table.eligible[k] for table in costs):
