@@ -76,17 +76,6 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / (took * 1e-6)
 
 
-def copy_us(n_bytes: float) -> float:
-    """Microseconds of a copy that reads and writes so many bytes together: what no kernel of that size gets below.
-
-    Large ones reach the bandwidth that floors are computed with; in small ones starting and draining takes its part.
-    """
-    sets = max(2, -(-int(ROTATED_BYTES) // int(n_bytes)))
-    sources = [torch.zeros(int(n_bytes) // 4, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
-    targets = [torch.empty_like(source) for source in sources]
-    return microseconds([lambda a=a, b=b: b.copy_(a) for a, b in zip(sources, targets, strict=True)])
-
-
 class Case:
     """The kernels on ``Problem``s of a group, and plain torch's forms of them."""
 
@@ -235,13 +224,8 @@ def show_kernels(records: Records, name: str, case: Case, bandwidth: float, kern
     for kernel in kernels:
         took = case.time(getattr(case, kernel))
         records.add(name, "plora", f"{kernel}_us", took, "us")
-        floor, copy = floors[kernel], copy_us(floors[kernel] * bandwidth / 1e6)
-        records.add(name, "floor", f"{kernel}_us", floor, "us")
-        records.add(name, "copy of as many bytes", f"{kernel}_us", copy, "us")
-        print(
-            f"{name:36s} {kernel:20s} {took:8.1f} us  floor {floor:7.1f}  {took / floor:5.2f}x  "
-            f"copy {copy:7.1f}  {took / copy:5.2f}x"
-        )
+        records.add(name, "floor", f"{kernel}_us", floors[kernel], "us")
+        print(f"{name:36s} {kernel:20s} {took:8.1f} us  floor {floors[kernel]:7.1f}  {took / floors[kernel]:5.2f}x")
 
 
 def bench_kernels(records: Records, bandwidth: float) -> None:

@@ -19,18 +19,20 @@ class Bounds:
         work: each trial's cheapest device-seconds, evenly over all devices.
         longest: the longest trial alone at its fastest degree.
         memory: rounds that memory (or ``max_adapters``) forces, each at the launch floor, mixed with work.
+        rounds: as work, with the rounds that trials of many steps force on the devices they are spread over.
         whole: where only degree 1 is allowed, trials cannot be divided among devices.
     """
 
     work: float
     longest: float
     memory: float
+    rounds: float
     whole: float
 
     @property
     def best(self) -> float:
         """The largest."""
-        return max(self.work, self.longest, self.memory, self.whole)
+        return max(vars(self).values())
 
     @property
     def reason(self) -> str:
@@ -45,7 +47,8 @@ class _Least(NamedTuple):
     start: float
     linear: float  # its tokens and its adapter
     tokens: float  # microbatches of its tokens alone, at the largest budget it fits with
-    rounds: float  # a microbatch in each of its rounds, with tiles as full as the memory that adapters take
+    shared: float  # a microbatch in each of its rounds, with tiles as full as the memory that adapters take
+    microbatches: float  # a microbatch in each of its rounds, with tiles as full as it alone fills them
     optimizer: float
     floor: float  # all its rounds at the launch floor
     memory_share: float  # the least part of a job's memory it occupies
@@ -67,7 +70,7 @@ def lower_bounds(problem: Problem) -> Bounds:
     places = 1 / (problem.max_adapters or len(problem.loads))
 
     def seconds(option: _Least, mix: float, *, by_memory: bool) -> float:
-        share, microbatches = (option.memory_share, option.rounds) if by_memory else (places, option.tokens)
+        share, microbatches = (option.memory_share, option.shared) if by_memory else (places, option.tokens)
         rounds = share * (mix * option.floor + option.per_step) + (1 - mix) * (option.linear + microbatches)
         return option.tail + option.optimizer + rounds
 
@@ -86,8 +89,25 @@ def lower_bounds(problem: Problem) -> Bounds:
         work=spread(0.0, by_memory=True),
         longest=max(min(option.chain for option in options) for options in least),
         memory=max(spread(mix, by_memory=by_memory) for mix in _MIXES for by_memory in (True, False)),
+        rounds=start + max(_rounds_bound(least, problem.n_devices, mix) for mix in _MIXES),
         whole=whole,
     )
+
+
+def _rounds_bound(least: list[list[_Least]], n_devices: int, mix: float) -> float:
+    """Seconds that each device works on average at least, rounds included that trials share.
+
+    If none works longer than ``x``, trials of at least ``s`` steps, which take ``w(s)`` device-seconds by themselves,
+    are on ``w(s) / x`` devices or more, each of which has ``s`` rounds or more. Added up over all ``s``, each trial
+    bears the part of its rounds that its own seconds are of ``x``, whoever shares them. What these take and what trials
+    take by themselves is at most ``x`` for each device: the least such ``x`` solves a quadratic equation.
+    """
+    alone, shared = 0.0, 0.0
+    for options in least:
+        alone += min(each.degree * (each.tail + each.optimizer + (1 - mix) * each.linear) for each in options)
+        own = min(each.degree * (each.tail + each.optimizer + each.linear) for each in options)
+        shared += own * min(each.per_step + mix * each.floor + (1 - mix) * each.microbatches for each in options)
+    return (alone + (alone**2 + 4 * n_devices * shared) ** 0.5) / (2 * n_devices)
 
 
 def _least_costs(problem: Problem) -> list[list[_Least]]:
@@ -132,7 +152,8 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
         start=start,
         linear=load.steps * (load.tokens_per_step * step.per_token + extra + step.per_adapter),
         tokens=load.steps * load.tokens_per_step / tokens * step.per_microbatch,
-        rounds=load.steps * (share * step.per_microbatch + tiles * step.per_tile),
+        shared=load.steps * (share * step.per_microbatch + tiles * step.per_tile),
+        microbatches=load.steps * (step.per_microbatch + step.tiles(params) * step.per_tile),
         optimizer=load.steps * params * step.per_param,
         floor=load.steps * step.floor,
         memory_share=share,

@@ -125,7 +125,7 @@ class Plan:
         estimated: whether the time model comes from a data sheet.
         makespan: predicted seconds from the first start to the last end.
         lower_bound: seconds before which no plan ends.
-        bound_reason: ``work``, ``longest``, ``memory`` or ``whole``.
+        bound_reason: which of ``Bounds`` that is.
         jobs: in order of start.
         baselines: predicted makespans of what people do today.
         candidates: predicted makespans of the other planners' answers.

@@ -22,6 +22,7 @@ _REASONS = {
     "work": "all devices busy with useful work from start to end",
     "longest": "the longest trial alone",
     "memory": "rounds that the memory forces",
+    "rounds": "useful work, and rounds that trials of many steps force",
     "whole": "trials cannot be divided among devices",
 }
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from plora.planner import Load, make_plan
 from plora.planner.bounds import largest_budget, lower_bounds
 from plora.planner.jobs import Workshop, makespan, place
+from plora.planner.preview import _REASONS
 from tests.planner.instances import load, problem, problems
 
 
@@ -42,6 +45,25 @@ def test_places_force_rounds_at_the_floor():
     floor = problem(loads, gpu="h100").time.cost(1).floor
     assert alone.memory >= 8 * 1000 * floor
     assert alone.memory > 3 * free.memory
+
+
+def test_devices_with_a_long_trial_each_have_its_rounds():
+    # Of 4000 rounds each, which short trials can share but not spare.
+    loads = [load(f"t{i}", 16, batch=1, tokens=400, examples=4000) for i in range(4)]
+    given_problem = problem(loads, gpu="h100", count=4, degrees=(1,))
+    cost = replace(given_problem.time.cost(1), floor=0.0, per_microbatch=0.02)
+    given_problem = replace(given_problem, time=replace(given_problem.time, costs={1: cost}))
+    bounds = lower_bounds(given_problem)
+    rounds = 4000 * (cost.per_step + cost.per_microbatch)
+    made = make_plan(given_problem, time_limit=1)
+    assert bounds.work + 0.65 * rounds < bounds.rounds <= made.makespan
+    # Twice the devices for the same trials are no reason to have more rounds.
+    assert lower_bounds(replace(given_problem, n_devices=8)).rounds < bounds.rounds
+
+
+def test_every_bound_has_words_for_its_reason():
+    bounds = lower_bounds(problem([load("a")]))
+    assert _REASONS.keys() == vars(bounds).keys()
 
 
 def test_whole_trials_cannot_be_divided_at_degree_one():
