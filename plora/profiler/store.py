@@ -18,7 +18,7 @@ from plora.profiler.fit import MemorySample, RoundSample, fit_memory, fit_time, 
 from plora.profiler.memory import MemoryModel, Saved
 from plora.profiler.time import StepCost, TimeModel
 
-PROFILE_VERSION = 5
+PROFILE_VERSION = 6
 # Measurements kept: the newest of each kind.
 MOST_ROUNDS = 64
 MOST_PEAKS = 32
