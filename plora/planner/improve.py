@@ -15,7 +15,7 @@ from plora.planner.jobs import Draft, Placed, Workshop, makespan, place
 
 # Late acceptance: a step is taken if it is no worse than the plan this many steps ago.
 MEMORY = 30
-# Evaluations without a gain after which the search gives up.
+# Evaluations without a gain after which the search gives up, as a rule.
 PATIENCE = 1500
 Job = tuple[int, frozenset[int]]
 
@@ -28,10 +28,13 @@ class Improver:
         bound: a lower bound on the makespan, in seconds.
         seed: of the random moves.
         target: stop once the makespan is within this relative gap of the bound.
+        patience: evaluations without a gain after which it gives up.
     """
 
-    def __init__(self, workshop: Workshop, bound: float, seed: int, target: float = 0.002) -> None:
-        self.workshop = workshop
+    def __init__(
+        self, workshop: Workshop, bound: float, seed: int, target: float = 0.002, patience: int = PATIENCE
+    ) -> None:
+        self.workshop, self.patience = workshop, patience
         self.enough = bound * (1 + target)
         self.random = random.Random(seed)
 
@@ -45,7 +48,7 @@ class Improver:
         history = [score] * MEMORY
         gained = 0
         for step in range(evaluations):
-            if best_score[0] <= self.enough or step - gained > PATIENCE or time.monotonic() > deadline:
+            if best_score[0] <= self.enough or step - gained > self.patience or time.monotonic() > deadline:
                 break
             changed = self._move(current, placed)
             if changed is None:

@@ -9,7 +9,7 @@ from plora.planner.bounds import lower_bounds
 from plora.planner.check import check_plan
 from plora.planner.greedy import greedy
 from plora.planner.groups import long_lived_groups
-from plora.planner.improve import Improver
+from plora.planner.improve import PATIENCE, Improver
 from plora.planner.job_planner import plan_jobs
 from plora.planner.jobs import Draft, Placed, Workshop, makespan, place
 from plora.planner.plan import Plan, plan_jobs_of, replay
@@ -18,7 +18,9 @@ from plora.planner.solver import choose_solver
 
 logger = logging.getLogger(__name__)
 
-# Evaluations of the local search: of each start, of the best three of them, and of the best.
+# Evaluations of the local search: of each start, of the best three of them, and of the best; so many times as many as
+# there are trials beyond these.
+USUAL_TRIALS = 120
 FIRST_EVALUATIONS = 300
 NEXT_EVALUATIONS = 1000
 MORE_EVALUATIONS = 2000
@@ -111,13 +113,14 @@ def _search(
 ) -> None:
     """Add answers until one is good enough or the search is spent; the integer programs take longest and come last."""
     n_devices = workshop.problem.n_devices
-    improver = Improver(workshop, bound, seed, target=good / bound - 1)
+    scale = max(1.0, len(workshop.problem.loads) / USUAL_TRIALS)
+    improver = Improver(workshop, bound, seed, target=good / bound - 1, patience=round(PATIENCE * scale))
 
     def unfinished() -> bool:
         return min(makespan(answer) for answer in answers.values()) > good and time.monotonic() < deadline
 
     def improve(drafts: list[Draft], evaluations: int) -> list[Draft]:
-        improved = improver.run(drafts, evaluations, deadline) if unfinished() else drafts
+        improved = improver.run(drafts, round(evaluations * scale), deadline) if unfinished() else drafts
         placed = place(improved, n_devices)
         if "search" not in answers or makespan(placed) < makespan(answers["search"]):
             answers["search"] = placed

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from plora.planner.baselines import baselines
-from plora.planner.bounds import lower_bounds
+from plora.planner.bounds import Bounds, lower_bounds
 from plora.planner.greedy import greedy
 from plora.planner.jobs import Workshop, makespan, place
 from plora.planner.plan import Plan
@@ -136,22 +136,21 @@ def _soonest(
     problems: list[Problem], gpu: GPU | None, time_limit: float, options: dict[str, Any]
 ) -> tuple[Problem, Plan]:
     deadline = clock.monotonic() + time_limit
-    all_bounds = [lower_bounds(problem) for problem in problems]
-    bounds = sorted((each.best, i) for i, each in enumerate(all_bounds))
+    bounds = [lower_bounds(problem) for problem in problems]
     best: tuple[Problem, Plan] | None = None
-    for bound, i in bounds:
-        if best is not None and best[1].makespan <= bound:
-            break
-        problem = problems[i]
+    contenders = _contenders(problems, bounds)
+    for i in contenders:
+        if best is not None and best[1].makespan <= bounds[i].best:
+            continue
         left = deadline - clock.monotonic()
-        # The first, whose bound is lowest, is the likely winner; the next may need no look at all.
-        share = left if best is not None or _settled(problem, bounds) else 0.7 * left
-        plan = make_plan(problem, time_limit=share, **options)
+        # The first is the likely winner; the next may need no look at all.
+        share = left if best is not None or len(contenders) == 1 else 0.7 * left
+        plan = make_plan(problems[i], time_limit=share, **options)
         # Not by what rounding makes of two equal times.
         if best is None or plan.makespan < best[1].makespan * (1 - 1e-9):
-            best = problem, plan
+            best = problems[i], plan
     assert best is not None
-    lowest = all_bounds[bounds[0][1]]
+    lowest = min(bounds, key=lambda each: each.best)
     return best[0], replace(
         best[1], lower_bound=lowest.best, bound_reason=lowest.reason, baselines=_least_baselines(problems, gpu)
     )
@@ -165,6 +164,12 @@ def _least_baselines(problems: Sequence[Problem], gpu: GPU | None) -> dict[str, 
     return ends
 
 
-def _settled(problem: Problem, bounds: list[tuple[float, int]]) -> bool:
-    """Whether the greedy answer alone ends before any other problem's bound."""
-    return len(bounds) == 1 or makespan(place(greedy(Workshop(problem)), problem.n_devices)) <= bounds[1][0]
+def _contenders(problems: Sequence[Problem], bounds: Sequence[Bounds]) -> list[int]:
+    """Problems that may have the soonest plan, by where the greedy answer ends: those left out end later than that of
+    another, by their bound.
+    """
+    ends: dict[int, float] = {}
+    for i in sorted(range(len(problems)), key=lambda i: bounds[i].best):
+        if bounds[i].best < min(ends.values(), default=float("inf")):
+            ends[i] = makespan(place(greedy(Workshop(problems[i])), problems[i].n_devices))
+    return sorted(ends, key=lambda i: (ends[i], i))
