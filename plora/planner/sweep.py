@@ -168,6 +168,8 @@ def _contenders(problems: Sequence[Problem], bounds: Sequence[Bounds]) -> list[i
     """Problems that may have the soonest plan, by where the greedy answer ends: those left out end later than that of
     another, by their bound.
     """
+    if len(problems) == 1:
+        return [0]
     ends: dict[int, float] = {}
     for i in sorted(range(len(problems)), key=lambda i: bounds[i].best):
         if bounds[i].best < min(ends.values(), default=float("inf")):

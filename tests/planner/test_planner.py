@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
+from plora.models.spec import ModelSpec
 from plora.planner import Load, Plan, Problem, make_plan, plan_on
+from plora.planner.bounds import lower_bounds
 from plora.planner.costs import Costs
 from plora.planner.greedy import greedy
 from plora.planner.jobs import Draft, Workshop, makespan, place
-from plora.profiler import GPUS, estimate
+from plora.planner.sweep import _contenders
+from plora.profiler import GPUS, MemoryModel, estimate
 from tests.planner.instances import GIB, SMALL, assert_sound, grid, load, model, problem, problems
 
 
@@ -215,3 +218,28 @@ def test_trials_that_exclude_each_other_go_to_jobs_of_their_own():
     assert_sound(plan, given_problem)
     assert len(plan.jobs) == 2
     assert plan.free_bytes < SMALL
+
+
+def test_of_several_memory_models_the_likely_winner_is_planned_first():
+    loads = [load(f"t{i}", 16, batch=1 + i % 4, tokens=60) for i in range(12)]
+    plain, graphs, recomputed = (
+        MemoryModel(
+            ModelSpec.preset("Qwen/Qwen2.5-7B"),
+            "bf16",
+            activation_checkpointing=checkpointing,
+            compiled=True,
+            graph_tokens=tokens,
+        )
+        for checkpointing, tokens in ((False, 0), (False, 2048), (True, 2048))
+    )
+    problems = [problem(loads, gpu="h100", count=2, degrees=(1,), memory=each) for each in (plain, recomputed, graphs)]
+    bounds = [lower_bounds(each) for each in problems]
+    ends = [makespan(place(greedy(Workshop(each)), 2)) for each in problems]
+    assert ends[2] < ends[1] < ends[0]
+    # Without graphs not even the bound is below what the others end at.
+    assert _contenders(problems, bounds) == [i for i in (2, 1) if bounds[i].best < ends[2]]
+    assert bounds[0].best > ends[2]
+    # A bound says less than an answer: where it is the lower one, but the answer ends later, that comes second.
+    swapped = [bounds[0], replace(bounds[1], **dict.fromkeys(vars(bounds[1]), 1.0)), bounds[2]]
+    assert _contenders(problems, swapped) == [2, 1]
+    assert _contenders(problems[:1], bounds[:1]) == [0]
