@@ -101,6 +101,11 @@ def _rounds_bound(least: list[list[_Least]], n_devices: int, mix: float) -> floa
     are on ``w(s) / x`` devices or more, each of which has ``s`` rounds or more. Added up over all ``s``, each trial
     bears the part of its rounds that its own seconds are of ``x``, whoever shares them. What these take and what trials
     take by themselves is at most ``x`` for each device: the least such ``x`` solves a quadratic equation.
+
+    Args:
+        least: per trial its least costs at each degree.
+        n_devices: devices of the problem.
+        mix: see :func:`lower_bounds`.
     """
     alone, shared = 0.0, 0.0
     for options in least:
@@ -137,7 +142,7 @@ def _least(problem: Problem, load: Load, degree: int, tokens: int) -> _Least:
     room = memory.adapter_room(problem.free_bytes, smallest, load.rank, degree=degree, generation=problem.generation)
     extra = extra_seconds(step, load)
     share = size / room
-    tiles = share * min(1.0, params / share / step.tile_params)
+    tiles = share * step.tiles(params / share)
     start = problem.load_seconds + step.start
     alone = step.round_of(
         load.tokens_per_step,

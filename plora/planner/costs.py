@@ -279,8 +279,7 @@ def _own_table(problem: Problem, degree: int, k: int) -> Costs | None:
 
 def _knee(step: StepCost, budgets: Sequence[int], slack: float) -> int:
     def per_token(tokens: int) -> float:
-        fixed = step.per_microbatch + step.per_tile
-        return max(step.floor / tokens, fixed / tokens + step.per_token + step.per_label)
+        return max(step.floor / tokens, step.full_microbatch / tokens + step.per_token + step.per_label)
 
     best = min(per_token(tokens) for tokens in budgets)
     return next(tokens for tokens in budgets if per_token(tokens) <= (1 + slack) * best)

@@ -207,9 +207,7 @@ def _round_time(
     program += costs.tokens * m >= pulp.lpSum(costs.step_tokens[k] * v for k, v in zip(heads, x, strict=True))
     optimizer = pulp.lpSum(costs.params[k] * step.per_param * v for k, v in zip(heads, x, strict=True)) + step.per_step
     program += seconds >= step.floor * m + optimizer
-    # Tiles are full, as those of most packs are.
-    fixed = step.per_microbatch + step.per_tile
-    program += seconds >= fixed * m + optimizer + pulp.lpSum(
+    program += seconds >= step.full_microbatch * m + optimizer + pulp.lpSum(
         (costs.step_tokens[k] * step.per_token + costs.step_extra[k] + step.per_adapter) * v
         for k, v in zip(heads, x, strict=True)
     )

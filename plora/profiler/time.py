@@ -142,6 +142,11 @@ class StepCost:
         """The part of the kernels' widest tiles that adapters of so many parameters fill together, at most 1."""
         return min(1.0, params / self.tile_params)
 
+    @property
+    def full_microbatch(self) -> float:
+        """Seconds of a microbatch whatever its tokens, where adapters fill the tiles, as most packs do."""
+        return self.per_microbatch + self.per_tile
+
     def extra_seconds(self, token_rank: float, labels: float, squares: float, sequences: float) -> float:
         """Seconds of what tokens cost beside their number: their adapters' ranks, the head, attention."""
         attention = squares * self.per_square + sequences * self.per_sequence
