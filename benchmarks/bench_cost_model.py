@@ -10,6 +10,10 @@ that fit into the memory of the calibration's are put in its place, as a job exc
 compiled anew; the peaks predicted are then those of the larger pack. In between some of the rounds calibrated with are
 measured again: no model can be closer than the machine is to itself.
 
+A CPU that other machines share is slower by a tenth or a half, for a second or for minutes. There a small product
+between the layers, always the same, tells its pace in the midst of each round, and rounds are measured when it is
+fastest: the models are judged, not the neighbours. How far runs were from the usual pace is shown as the machine's.
+
 An interrupt (Ctrl-C, ``timeout -s INT``) ends it after the round at hand, with the figures so far.
 """
 
@@ -30,6 +34,7 @@ import torch
 from plora.engine.calibration import labels_of_largest, peak_samples, run_rounds, samples
 from plora.engine.costs import CostModels
 from plora.models import from_config
+from plora.models.base import BaseModel
 from plora.profiler import CalibrationRound, MemoryModel, Profile, StepCost, calibration_rounds, fit_profile
 from plora.profiler.calibration import Calibration
 from plora.profiler.memory import GIB
@@ -48,6 +53,8 @@ TOKENS = {"cuda": (96, 700, 1500, 3000, 6000, 8000, 12000), "cpu": (24, 48, 96, 
 LENGTHS = {"cuda": (48, 100, 250, 600, 1024), "cpu": (16, 30, 60, 110)}
 # Rounds calibrated with that are measured again.
 AGAIN = 4
+# On a CPU a round is measured until its pace is within this factor of the fastest, but at most so many times.
+CALM, MOST_RUNS = 1.05, 12
 FULL = {"cuda": 8192, "cpu": 256}
 
 
@@ -84,6 +91,56 @@ def packs(ranks: Sequence[int], kind: str, token_budget: int, seed: int) -> list
             left -= length
         made.append(Pack(tuple(ranks), tuple(map(tuple, lengths)), token_budget, draw.choice((1.0, 1.0, 0.5, 0.25))))
     return made
+
+
+class Yardstick:
+    """Tells a CPU's pace while a model runs, by a small product before and after each layer.
+
+    Args:
+        base: the model; it is timed from here on.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._left, self._right = torch.randn(64, 576), torch.randn(576, 1536)
+        self._seconds: list[float] = []
+        self.paces: list[float] = []
+        for layer in base.layers:
+            layer.register_forward_hook(lambda *_: self._measure())
+            layer.register_full_backward_hook(lambda *_: self._measure())
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._seconds.clear()
+
+    def read(self) -> tuple[float, float]:
+        """Of the second of two equal runs since `clear`: a product's mean seconds, and what all of them took."""
+        own = self._seconds[len(self._seconds) // 2 :]
+        self.paces.append(sum(own) / len(own))
+        return self.paces[-1], sum(own)
+
+    def _measure(self) -> None:
+        began = time.perf_counter()
+        for _ in range(2):
+            self._left @ self._right
+        self._seconds.append(time.perf_counter() - began)
+
+
+class CalmProbe(PackProbe):
+    """A probe on a CPU that measures each round when the CPU is left alone, which others only ever slow down."""
+
+    yardstick: Yardstick
+
+    def round(
+        self, lengths: Sequence[Sequence[int]], token_budget: int, *, labelled: float = 1.0, repeats: int = 3
+    ) -> MeasuredRound:
+        """As of the base class: the run at the fastest pace, of at least so many and until one is fast enough."""
+        runs: list[tuple[float, float]] = []
+        while len(runs) < repeats or (len(runs) < MOST_RUNS and min(runs)[0] > CALM * min(self.yardstick.paces)):
+            self.yardstick.clear()
+            found = super().round(lengths, token_budget, labelled=labelled, repeats=1)
+            pace, own = self.yardstick.read()
+            runs.append((pace, found.seconds - own))
+        return replace(found, seconds=min(runs)[1])
 
 
 class Interrupt:
@@ -136,8 +193,10 @@ class Comparison:
             now = probe.round(each.lengths, each.token_budget, labelled=each.labelled, repeats=self.repeats)
             self.errors["machine's own"].append(now.seconds / first.seconds - 1)
 
-    def summarise(self) -> None:
-        """Add the errors' statistics to the records."""
+    def summarise(self, yardstick: Yardstick | None) -> None:
+        """Add the errors' statistics to the records, and how the machine's pace differed from its median."""
+        if yardstick is not None:
+            self.errors["machine's pace"] = (np.array(yardstick.paces) / np.median(yardstick.paces) - 1).tolist()
         for what, values in self.errors.items():
             if values:
                 sizes = np.abs(values)
@@ -210,6 +269,14 @@ def measure_model(
     chosen = calibration_rounds(memory, models.estimate(memory).cost(1), free)
     assert chosen is not None, "the model fits"
     case, began = name.rpartition("/")[2].lower(), time.perf_counter()
+    yardstick = Yardstick(base) if device.type == "cpu" else None
+
+    def probe_of(ranks: Sequence[int]) -> PackProbe:
+        if yardstick is None:
+            return PackProbe(base, ranks, peaks, graph_tokens=most_tokens)
+        probe = CalmProbe(base, ranks, peaks, graph_tokens=most_tokens)
+        probe.yardstick = yardstick
+        return probe
 
     def state(ranks: Sequence[int]) -> int:
         return sum(memory.adapter_bytes(rank) for rank in ranks)
@@ -222,7 +289,7 @@ def measure_model(
 
     mixes = MIXES[device.type][-options.mixes :]
     inside = [ranks for ranks in mixes if state(ranks) <= state(chosen.ranks) and max(ranks) <= max(chosen.ranks)]
-    with PackProbe(base, chosen.ranks, peaks, graph_tokens=most_tokens) as probe:
+    with probe_of(chosen.ranks) as probe:
         profile, found = fit(probe, chosen, memory, models, options, interrupt)
         if profile is None:
             return
@@ -238,9 +305,9 @@ def measure_model(
         comparison.again(probe, chosen.rounds[:AGAIN], found)
     for ranks in mixes:
         if ranks not in inside and not interrupt.came:
-            with PackProbe(base, ranks, peaks, graph_tokens=most_tokens) as probe:
+            with probe_of(ranks) as probe:
                 comparison.run(probe, ranks, packs_of(ranks, ranks))
-    comparison.summarise()
+    comparison.summarise(yardstick)
 
 
 def main() -> None:

@@ -221,7 +221,6 @@ def packed(records: Records, case: Case, base: BaseModel, repeats: int) -> None:
                 steps,
                 case.options.microbatch,
                 compile_loss=True,
-                zero_grad=optimizer.zero_grad_,
                 graphs=graphs,
             )[0]
 

@@ -35,7 +35,7 @@ struct alignas(16) AdamWScale {
 
 struct AdamWArgs {
   float* weight;
-  float* grad;
+  const float* grad;
   void* shadow;  // bf16; null: there is none
   const AdamWRecord* records;
   int count;              // of records

@@ -47,7 +47,7 @@ void step(Tensor weight, Tensor grad, std::optional<Tensor> shadow, const Tensor
   }
   AdamWArgs args{};
   args.weight = weight.mutable_data_ptr<float>();
-  args.grad = grad.mutable_data_ptr<float>();
+  args.grad = grad.const_data_ptr<float>();
   args.shadow = shadow ? shadow->mutable_data_ptr() : nullptr;
   args.records = static_cast<const AdamWRecord*>(records.const_data_ptr());
   args.count = static_cast<int>(records.size(0));
@@ -70,7 +70,7 @@ void bind_adamw(pybind11::module_& m) {
   using pybind11::arg;
   m.attr("ADAMW_CHUNK") = kAdamWChunk;
   m.attr("ADAMW_RECORD_BYTES") = static_cast<int>(sizeof(AdamWRecord));
-  m.def("adamw", &step, "clip, AdamW, shadow and zeroed gradients of the adapters in records", arg("weight"),
+  m.def("adamw", &step, "clip, AdamW and shadow of the adapters in records", arg("weight"),
         arg("grad"), arg("shadow"), arg("records"), arg("chunks"), arg("losses"), arg("steps"), arg("outcome"),
         arg("partials"), arg("scaling"), arg("codebook"));
 }

@@ -22,8 +22,9 @@ struct alignas(16) Piece {
   float scale;
   int32_t limit;  // dropout threshold; 0: none
   uint32_t key_low, key_high;
-  int32_t share;  // of the work of all pieces of the list, in 1/65536
-  int32_t unused[4];
+  int32_t share;     // of the work of all pieces of the list, in 1/65536
+  int32_t replaces;  // whether gradients of factors are written rather than added to: no other piece adds to them
+  int32_t unused[3];
 };
 static_assert(sizeof(Piece) == 64, "four 16-byte loads");
 

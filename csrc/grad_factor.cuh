@@ -1,4 +1,4 @@
-// grad F += scale * hidden^T dropout(x): a block owns some tokens and 128 columns and walks the tokens,
+// grad F += scale * hidden^T dropout(x), or = for pieces that replace it: a block owns some tokens and 128 columns and walks the tokens,
 // the sums of all ranks, of whichever members, in registers. Serves grad_down (F = A, hidden = dh) and, where dh and dB
 // are made apart, dB (F = B, x = dy).
 //
@@ -12,10 +12,10 @@ namespace plora {
 constexpr int kGradThreads = 256;
 constexpr int kGradColumns = 128;
 
-// grad += scale * sums, fragments of 16 ranks by kN * 8 columns from `column` on.
+// grad += scale * sums, or = where the piece replaces it; fragments of 16 ranks by kN * 8 columns from `column` on.
 template <int kN>
 __device__ inline void add_to_factor_grad(float* grad, int64_t width, int ranks, int64_t column,
-                                          const float (&sums)[kN][4], float scale) {
+                                          const float (&sums)[kN][4], float scale, bool replaces) {
   const int lane = threadIdx.x % 32;
   const bool aligned = width % 2 == 0;
 #pragma unroll
@@ -26,8 +26,13 @@ __device__ inline void add_to_factor_grad(float* grad, int64_t width, int ranks,
     for (int half = 0; half < 2; ++half) {
       const int rank = lane / 4 + half * 8;
       if (rank >= ranks) continue;
-      add_to(grad + rank * width + at, sums[n][half * 2] * scale, sums[n][half * 2 + 1] * scale, at + 1 < width,
-             aligned);
+      float* to = grad + rank * width + at;
+      const float low = sums[n][half * 2] * scale, high = sums[n][half * 2 + 1] * scale;
+      if (replaces) {
+        write_to(to, low, high, at + 1 < width, aligned);
+      } else {
+        add_to(to, low, high, at + 1 < width, aligned);
+      }
     }
   }
 }
@@ -35,10 +40,10 @@ __device__ inline void add_to_factor_grad(float* grad, int64_t width, int ranks,
 // The same for kM * 16 ranks of one factor.
 template <int kM, int kN>
 __device__ inline void add_to_factor_grad(float* grad, int64_t width, int ranks, int64_t column,
-                                          const float (&sums)[kM][kN][4], float scale) {
+                                          const float (&sums)[kM][kN][4], float scale, bool replaces) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-    add_to_factor_grad<kN>(grad + m * kChunk * width, width, ranks - m * kChunk, column, sums[m], scale);
+    add_to_factor_grad<kN>(grad + m * kChunk * width, width, ranks - m * kChunk, column, sums[m], scale, replaces);
   }
 }
 
@@ -137,7 +142,8 @@ struct GradFactorTile {
 #pragma unroll
     for (int m = 0; m < kRank / kChunk; ++m) {
       const Chunk chunk = chunks[m];
-      add_to_factor_grad<2>(args.grad + chunk.begin, args.width, chunk.ranks, column + warp * 16, sums[m], scale);
+      add_to_factor_grad<2>(args.grad + chunk.begin, args.width, chunk.ranks, column + warp * 16, sums[m], scale,
+                            piece.replaces);
     }
   }
 

@@ -63,7 +63,7 @@ struct GradHiddenTile {
     // First, because to arrive is to wait for one's additions to be seen, and those to grad F come from afar.
     const bool last = arrives_last(args.counters + blockIdx.y, ceil_div(args.width, kGradColumns));
     add_to_factor_grad<kRank / 16, 2>(args.grad + offset, args.width, piece.ranks, column + warp * 16, sums,
-                                      piece.scale);
+                                      piece.scale, piece.replaces);
     if (!last) return;
     for (int step = 0; step < steps; ++step) finish_hidden_grad(args, piece, step);
   }

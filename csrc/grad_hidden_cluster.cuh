@@ -153,7 +153,8 @@ struct GradHiddenCluster {
   __device__ static void store_factor_grad(const GradHiddenArgs& args, const Piece& piece, int64_t offset,
                                            int64_t column, FactorSums& sums) {
     add_to_factor_grad<kRanks / 16, kColumns / 8>(args.grad + offset + own_rank() * args.width, args.width,
-                                                  piece.ranks - own_rank(), column + own_column(), sums, piece.scale);
+                                                  piece.ranks - own_rank(), column + own_column(), sums, piece.scale,
+                                                  piece.replaces);
 #pragma unroll
     for (int m = 0; m < kRanks / 16; ++m) {
 #pragma unroll

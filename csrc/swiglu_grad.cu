@@ -31,7 +31,7 @@ int swiglu_grad(const SwigluGradArgs& args, void* stream) {
 
 int swiglu_grad_steps(int64_t width, int64_t rows) {
   // Fewer where there would not be two blocks for each multiprocessor.
-  const int even = ceil_div(ceil_div(width, kPanel) * ceil_div(rows, kFusedRows), 2 * multiprocessors());
+  const int even = ceil_div(ceil_div(width, kPanel) * ceil_div(rows, fused_rows(kFusedRanks)), 2 * multiprocessors());
   return std::max(1, std::min(even, tuned(device_arch()).swiglu_grad_steps));
 }
 

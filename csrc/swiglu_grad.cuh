@@ -7,7 +7,8 @@
 //
 // swiglu_pointwise_grad writes dgate, dup and act: a tile of 64 tokens walks over columns as in `swiglu`. swiglu_grad
 // does so for adapters of many ranks and for base rows, and sees to everything for adapters of few: a block owns up to
-// 128 tokens of one and some columns, and walks these, 64 a step, in parts of 64 tokens. Its part of dH stays in
+// 256 tokens of one (128 where registers hold no more) and some columns, and walks these, 64 a step, in parts of 64
+// tokens. Its part of dH stays in
 // registers; dB and dA are complete for these tokens after each 64 columns and leave at once. At its end a block adds
 // dH to sums in the workspace, which the last one rounds and clears.
 //
@@ -169,12 +170,12 @@ __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_pointwise_grad_kerne
   run_pointwise_grad<kVector>(args, piece, reinterpret_cast<bf16*>(shared));
 }
 
-// A block's tokens. Twice as many would halve what is added to the gradients, but leave too few blocks.
-constexpr int kFusedRows = 128;
+// A block's tokens: as many as a walk has, up to the ranks at which registers hold their sums.
+__host__ __device__ constexpr int fused_rows(int rank_class) { return rank_class == 16 ? kWalkRows : kWalkRows / 2; }
 
 template <int kRank>
 struct SwigluGradTile {
-  static constexpr int kParts = kFusedRows / kTileRows;
+  static constexpr int kParts = fused_rows(kRank) / kTileRows;
   static constexpr int kStrip = 16;                               // columns whose products are in registers at a time
   static constexpr int kColumns = kRank == 16 ? 8 : 16;           // of the gradients of factors, a warp
   static constexpr int kOwnRanks = kRank == 16 ? 16 : kRank / 2;  // likewise
@@ -274,7 +275,7 @@ struct SwigluGradTile {
         if (places.has(m)) {
           add_to_factor_grad<kOwnRanks / 16, kColumns / 8>(args.grad + places.begin[m] + own_rank() * args.width,
                                                            args.width, piece.rank - own_rank(), column + own_column(),
-                                                           factor_sums[m], m < 2 ? piece.scale : 1.f);
+                                                           factor_sums[m], m < 2 ? piece.scale : 1.f, piece.replaces);
         }
 #pragma unroll
         for (int r = 0; r < kOwnRanks / 16; ++r) {
@@ -391,7 +392,7 @@ struct SwigluGradTile {
   }
 };
 
-constexpr int kBlocksOfWalk = kWalkRows / kFusedRows;  // that share its rows
+constexpr int kBlocksOfWalk = kWalkRows / fused_rows(kFusedRanks);  // that share its rows, at most
 
 template <bool kVector>
 __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_grad_kernel(const SwigluGradArgs args) {
@@ -406,11 +407,11 @@ __global__ void __launch_bounds__(kSwigluThreads, 2) swiglu_grad_kernel(const Sw
   }
   if (piece.rows == 0 || piece.rank > kFusedRanks) return;
   const Places places(args.begin, piece.slot);
-  const int skipped = walk % kBlocksOfWalk * kFusedRows;
-  if (skipped >= piece.rows) return;
-  piece.row += skipped;
-  piece.rows = min(piece.rows - skipped, kFusedRows);
   const auto run = [&](auto rank) {
+    const int skipped = walk % kBlocksOfWalk * fused_rows(rank);
+    if (skipped >= piece.rows) return;
+    piece.row += skipped;
+    piece.rows = min(piece.rows - skipped, fused_rows(rank));
     piece.scratch += skipped / kTileRows * (rank / 16);
     SwigluGradTile<rank>::template run<kVector>(args, piece, places, args.counters + walk, shared);
   };

@@ -241,6 +241,16 @@ __device__ inline void add_to(float* to, float low, float high, bool second, boo
   if (second) atomicAdd(to + 1, high);
 }
 
+// Writes two neighbours, likewise.
+__device__ inline void write_to(float* to, float low, float high, bool second, bool aligned) {
+  if (aligned && second) {
+    __stcs(reinterpret_cast<float2*>(to), make_float2(low, high));
+    return;
+  }
+  *to = low;
+  if (second) to[1] = high;
+}
+
 // Whether this block is the last of `blocks` to come here; what the others wrote before is then
 // visible. Resets the counter.
 __device__ inline bool arrives_last(int32_t* counter, int blocks) {

@@ -71,7 +71,7 @@ def update(
     steps: Tensor,
     codebook: Tensor | None,
 ) -> Tensor:
-    """Clip, AdamW, shadow and zeroed gradients for all of ``updates``; what is not finite is skipped.
+    """Clip, AdamW and shadow for all of ``updates``; what is not finite is skipped.
 
     Args:
         weight, grad: fp32 ``[numel]``, the arena's.

@@ -12,7 +12,7 @@ Shapes: ``K`` slots, ``T`` packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,7 +59,25 @@ class PieceList:
         return int((self.records[:, 5] > FUSED_RANKS).sum())
 
 
-def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool, members: int = 1) -> PieceList:
+def one_piece(tables: Tables) -> np.ndarray:
+    """bool ``[K]``: whether one piece makes all that a microbatch adds to an element of an adapter's gradients.
+
+    Then the kernels can write these gradients, instead of adding to what must be zero first. (``swiglu_grad`` holds the
+    sums of a whole walk where ranks are few, of half a walk where they are more, and none where they are many.)
+    """
+    ranks, lengths = tables.rank.numpy(), np.diff(tables.rows.numpy())[:-1]
+    most = np.where((ranks <= CHUNK) | (ranks > FUSED_RANKS), WALK_ROWS, WALK_ROWS // 2)
+    return (0 < lengths) & (lengths <= most)
+
+
+def pieces(
+    tables: Tables,
+    rows_each: int,
+    ranks_each: int,
+    with_base: bool,
+    members: int = 1,
+    replaced: Collection[int] = (),
+) -> PieceList:
     """Cut every adapter's rows and ranks into pieces.
 
     Args:
@@ -68,6 +86,7 @@ def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool, mem
         ranks_each: most ranks of a piece.
         with_base: whether to cover the rows that see the base alone too, as slot -1.
         members: linears that share the input; of several, ranks are virtual.
+        replaced: slots whose gradients are written rather than added to.
 
     Returns:
         Pieces in the order in which they should start: those of more than ``FUSED_RANKS`` ranks before the
@@ -115,6 +134,7 @@ def pieces(tables: Tables, rows_each: int, ranks_each: int, with_base: bool, mem
     cost = _COLUMN_COST + ((rank_pieces - 1) * ranks_each + last_class) / rank_pieces
     records[:, 11] = cost[slot] / max(cost[slot].sum(), 1) * 65536
     records[:, 9:11] = np.append(tables.key.numpy(), 0).view(np.int32).reshape(-1, 2)[slot]
+    records[:, 12] = np.isin(records[:, 0], list(replaced))
     # The longest first, because a launch ends with the last of its blocks.
     weight = cost[slot] * -(-records[:, 2] // TILE_ROWS)
     return PieceList(records[np.lexsort((-weight, rank[slot] <= FUSED_RANKS))], int(blocks.sum()))
@@ -215,7 +235,7 @@ class DeviceTables:
         self._partials, self._sums = (torch.zeros(_LEAST, device=device) for _ in range(2))
         self._counters = torch.zeros(_LEAST, dtype=torch.int32, device=device)
 
-    def update(self, tables: Tables, at_least: Counts | None = None) -> None:
+    def update(self, tables: Tables, at_least: Counts | None = None, replaced: Collection[int] = ()) -> None:
         """Make the lists for ``tables``; small copies that do not wait for the device.
 
         Args:
@@ -223,14 +243,15 @@ class DeviceTables:
             at_least: counts that the lists are filled up to with unused records. Launches depend on the counts alone,
                 so what was captured with some serves all that need no more. What needs more gets room to spare.
                 Default: as few records as will do.
+            replaced: slots whose gradients are written rather than added to; of `one_piece` each.
         """
         # One block for all rows of an adapter adds in a fixed order.
         deterministic = torch.are_deterministic_algorithms_enabled()
         rows = -(-max(int(tables.rows[-1]), 1) // TILE_ROWS) * TILE_ROWS if deterministic else RUN_ROWS
         groups = range(1, MOST_MEMBERS + 1)
         tiles = [pieces(tables, TILE_ROWS, TILE_RANKS, with_base=True, members=n) for n in groups]
-        runs = [pieces(tables, rows, RUN_RANKS, with_base=False, members=n) for n in groups]
-        walks = pieces(tables, WALK_ROWS, WALK_RANKS, with_base=False)
+        runs = [pieces(tables, rows, RUN_RANKS, with_base=False, members=n, replaced=replaced) for n in groups]
+        walks = pieces(tables, WALK_ROWS, WALK_RANKS, with_base=False, replaced=replaced)
         self._counts = counts = _counts(tiles, runs, walks, at_least)
         self._numbers.copy_(torch.tensor(counts.flat()))
         self._tiles = _written(self._tiles, tiles, counts.tiles)

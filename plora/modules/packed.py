@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ from plora.kernels.dispatch import backend
 from plora.kernels.dropout import combine, threshold
 from plora.kernels.ops import GradientBuffer
 from plora.kernels.reference import ABSENT, Tables
-from plora.kernels.schedule import Counts, DeviceTables, upload
+from plora.kernels.schedule import Counts, DeviceTables, one_piece, upload
 from plora.modules.adapter import Adapter, Layout
 from plora.modules.arena import Arena, aligned
 from plora.modules.config import AdapterConfig, computed_rank
@@ -188,6 +188,7 @@ class PackedAdapters(nn.Module):
         steps: Mapping[int, int] | None = None,
         dropout: bool | None = None,
         work_counts: Counts | None = None,
+        replace: Collection[int] = (),
     ) -> Iterator[None]:
         """Say which rows of the flattened input belong to which adapter, for the forwards inside.
 
@@ -203,6 +204,8 @@ class PackedAdapters(nn.Module):
             dropout: whether dropout is on. Default: whether the model is in training mode.
             work_counts: see the property of this name. Launches get at least as much room as these say, and a good deal
                 more where that does not do, so that what was captured under one route serves similar ones.
+            replace: slots whose gradients are to be this route's, in place of what was there: for one backward through
+                the whole model, each layer once. It spares zeroing them where short batches let the kernels write.
 
         Raises:
             ValueError: if a row count is negative, or not zero for an empty slot.
@@ -212,7 +215,7 @@ class PackedAdapters(nn.Module):
         tables.rows[1:] = torch.tensor([*counts, base_tokens]).cumsum(0)
         self._set_dropout(self.training if dropout is None else dropout, steps)
         shared.token_index = self._token_index(counts, base_tokens, token_index)
-        self._update_device_tables(work_counts)
+        self._update_device_tables(work_counts, self._zero_grad_unless_written(replace))
         for adapter in self.adapters.values():
             adapter.attach_gradients()
         if self._weights_version() != self._version:
@@ -311,6 +314,14 @@ class PackedAdapters(nn.Module):
                 step = self._routes if steps is None else steps.get(slot, 0)
                 tables.key[slot] = combine(adapter.config.seed, step)
 
+    def _zero_grad_unless_written(self, slots: Collection[int]) -> list[int]:
+        """Those of the slots whose gradients the kernels will write whole; zero those of the others."""
+        alone, adapters = one_piece(self._shared.tables), self.adapters
+        written = [slot for slot in slots if self._shared.device_tables is not None and alone[slot]]
+        for slot in set(slots).difference(written):
+            self.arena.grad[adapters[slot].range].zero_()
+        return written
+
     def _token_index(self, counts: list[int], base_tokens: int, given: torch.Tensor | None) -> torch.Tensor:
         total = sum(counts) + base_tokens
         if given is None:
@@ -375,11 +386,11 @@ class PackedAdapters(nn.Module):
             shared.device_tables = DeviceTables(device)
             self._device_offsets, self._offsets_version = self._offsets.to(device), -1
 
-    def _update_device_tables(self, work_counts: Counts | None) -> None:
+    def _update_device_tables(self, work_counts: Counts | None, replaced: Collection[int]) -> None:
         shared = self._shared
         if shared.device_tables is None or self._device_offsets is None:
             return
-        shared.device_tables.update(shared.tables, work_counts)
+        shared.device_tables.update(shared.tables, work_counts, replaced)
         if self._offsets._version != self._offsets_version:
             self._device_offsets.copy_(upload(self._offsets, self.arena.device))
             self._offsets_version = self._offsets._version

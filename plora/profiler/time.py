@@ -37,7 +37,7 @@ RANK_EFFICIENCY = 0.25
 # Part of the data sheet's memory bandwidth that streaming passes keep.
 STREAM_EFFICIENCY = 0.8
 # Bytes that an optimizer step reads and writes per parameter, by its moments.
-OPTIMIZER_BYTES = {"exact": 38, "8bit": 26}
+OPTIMIZER_BYTES = {"exact": 34, "8bit": 22}
 # Seconds of launches and Python per compiled, packed layer, forward and backward, that small microbatches cannot go
 # below: on an H100's host 107 to 180 ms over 28 layers, 105 to 168 ms over 24.
 LAUNCH_PER_LAYER = 5e-3

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,7 +190,12 @@ class MicrobatchGraphs:
         return len(microbatch.tokens) <= self.most_tokens
 
     def forward_backward(
-        self, microbatch: Microbatch, n_labels: Mapping[int, int], steps: Mapping[int, int]
+        self,
+        microbatch: Microbatch,
+        n_labels: Mapping[int, int],
+        steps: Mapping[int, int],
+        *,
+        replace: Collection[int] = (),
     ) -> torch.Tensor:
         """As `plora.training.rounds.forward_backward`; the next call overwrites what this one returns."""
         inputs = Inputs.of(microbatch, n_labels)
@@ -207,6 +212,7 @@ class MicrobatchGraphs:
             steps=steps,
             dropout=True,
             work_counts=entry.counts,
+            replace=replace,
         ):
             return self._run(entry)
 

@@ -192,7 +192,6 @@ class PackJob:
                 done,
                 tokens,
                 compile_loss=self._compile_loss,
-                zero_grad=self.optimizer.zero_grad_,
                 graphs=graphs,
             ),
             smallest=max(len(example) for batch in batches.values() for example in batch),

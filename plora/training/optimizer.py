@@ -69,8 +69,7 @@ class PackedAdamW:
     w = w - lr (decay w + m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps))``
 
     with ``g`` scaled by ``min(1, max_grad_norm / (|g| + 1e-6))`` and ``t`` the adapter's own count of
-    updates that were not skipped: ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW``. A
-    step leaves the gradients that it used zero.
+    updates that were not skipped: ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW``.
 
     Args:
         packed: the adapters.
@@ -88,7 +87,6 @@ class PackedAdamW:
         self._moments: Moments = EightBitMoments() if state == "8bit" else ExactMoments(packed.arena)
         self._configs: dict[int, AdamWConfig] = {}
         self._counts = torch.zeros(packed.capacity, device=packed.arena.device)
-        self._gradients_are_zero = False
 
     def add(self, slot: int, config: AdamWConfig) -> None:
         """Begin to update ``slot``, with fresh moments and count."""
@@ -104,18 +102,9 @@ class PackedAdamW:
         del self._configs[slot]
         self._moments.remove(slot)
 
-    def zero_grad_(self) -> None:
-        """Zero every adapter's gradient, unless the last step left them so.
-
-        Call it before gradients are accumulated, and the gradients count as written from then on.
-        """
-        if not self._gradients_are_zero:
-            self.packed.zero_grad_()
-        self._gradients_are_zero = False
-
     @torch.no_grad()
     def step(self, rates: Mapping[int, tuple[float, float]], losses: torch.Tensor) -> StepOutcome:
-        """Update the adapters in ``rates`` from the arena's gradients and zero these; the shadow follows.
+        """Update the adapters in ``rates`` from the arena's gradients; the shadow follows.
 
         Args:
             rates: slot -> learning rates of A and of B. Only slots whose batch is complete.
@@ -124,7 +113,6 @@ class PackedAdamW:
         if not rates:
             return StepOutcome(torch.zeros_like(losses), torch.zeros_like(losses))
         outcome = self._step_by_kernel(rates, losses) if self._has_kernel else self._step_in_torch(rates, losses)
-        self._gradients_are_zero = rates.keys() >= self.packed.adapters.keys()
         return StepOutcome(*outcome)
 
     def state(self, slot: int) -> dict[str, torch.Tensor]:
@@ -197,7 +185,6 @@ class PackedAdamW:
         skipped[slots] = (~torch.isfinite(norms + losses))[slots].float()
         for slot, (lr_a, lr_b) in rates.items():
             self._update(adapters[slot], lr_a, lr_b, norms[slot], skipped[slot])
-            grad[adapters[slot].range].zero_()
         self.packed.refresh()
         return outcome
 

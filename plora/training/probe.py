@@ -229,7 +229,6 @@ class PackProbe:
             steps,
             token_budget,
             compile_loss=self._compiled,
-            zero_grad=self._optimizer.zero_grad_,
             graphs=graphs,
         )
         outcome = self._optimizer.step(dict.fromkeys(batches, (1e-4, 1e-4)), losses)

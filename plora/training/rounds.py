@@ -6,7 +6,7 @@ Nothing here waits for the device, but for the capture of a CUDA graph; `Readbac
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -27,7 +27,6 @@ def batch_gradients(
     token_budget: int,
     *,
     compile_loss: bool = False,
-    zero_grad: Callable[[], None] | None = None,
     graphs: MicrobatchGraphs | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Put the gradients of one whole batch per slot into the arena, in place of what was there.
@@ -39,21 +38,23 @@ def batch_gradients(
         steps: the step of each slot, which keys its dropout.
         token_budget: most tokens of a microbatch.
         compile_loss: see `backward_cross_entropy`.
-        zero_grad: zeroes the gradients first. Default: the pack's; `PackedAdamW.zero_grad_` knows when they are zero.
         graphs: runs the microbatches that it takes.
 
     Returns:
         Each slot's mean loss over the label tokens of its batch, fp32 ``[K]``, and the number of microbatches.
     """
-    (zero_grad or packed.zero_grad_)()
     n_labels = {slot: sum(example.n_labels for example in batch) for slot, batch in batches.items()}
     losses = torch.zeros(packed.capacity, device=base.device)
-    microbatches = pack(batches, token_budget)
+    microbatches, fresh = pack(batches, token_budget), set(batches)
     for microbatch in microbatches:
+        begun = fresh & microbatch.slot_tokens.keys()
+        fresh -= begun
         if graphs is not None and graphs.takes(microbatch):
-            losses += graphs.forward_backward(microbatch, n_labels, steps)
+            losses += graphs.forward_backward(microbatch, n_labels, steps, replace=begun)
         else:
-            losses += forward_backward(base, packed, microbatch, n_labels, steps, compile_loss=compile_loss)
+            losses += forward_backward(
+                base, packed, microbatch, n_labels, steps, compile_loss=compile_loss, replace=begun
+            )
     return losses, len(microbatches)
 
 
@@ -86,6 +87,7 @@ def forward_backward(
     steps: Mapping[int, int],
     *,
     compile_loss: bool = False,
+    replace: Collection[int] = (),
 ) -> torch.Tensor:
     """Add a microbatch's gradients to the arena and return its share of each slot's loss, fp32 ``[K]``.
 
@@ -96,9 +98,12 @@ def forward_backward(
         n_labels: label tokens in each slot's whole batch, by which its losses are divided.
         steps: the step of each slot, which keys its dropout.
         compile_loss: see `backward_cross_entropy`.
+        replace: slots whose gradients this microbatch's take the place of.
     """
     inputs = Inputs.of(microbatch, n_labels).to(base.device)
-    with packed.route(microbatch.slot_tokens, token_index=inputs.token_index, steps=steps, dropout=True):
+    with packed.route(
+        microbatch.slot_tokens, token_index=inputs.token_index, steps=steps, dropout=True, replace=replace
+    ):
         return differentiate(base, packed, inputs, compile_loss=compile_loss)
 
 

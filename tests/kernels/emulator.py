@@ -30,10 +30,16 @@ class Part:
     scale: float
     limit: int
     key: int
+    replaces: bool
 
     def factor(self, flat: Tensor, width: int) -> Tensor:
         whole = flat[self.begin : self.begin + self.rank * width].view(self.rank, width)
         return whole[self.ranks]
+
+    def take_grad(self, grad: Tensor, product: Tensor) -> None:
+        """Add to the gradient of the factor's ranks, or replace it."""
+        own = self.factor(grad, product.shape[1])
+        own.copy_(product if self.replaces else own + product)
 
     def masked(self, x: Tensor, token_index: Tensor, input_key: int, use_dropout: bool) -> Tensor:
         if not use_dropout or not self.limit:
@@ -68,7 +74,10 @@ def parts(record: Tensor, offsets: Tensor, second: bool, stride: int) -> Iterato
         columns = slice(member * stride + low, member * stride + high)
         key = int(record[9:11].clone().view(torch.int64))
         scale = float(record[7:8].clone().view(torch.float32))
-        yield Part(rows_of(record), slice(low, high), columns, place, rank, scale, int(record[8]), key)
+        replaces = bool(record[12])
+        # More would not be one block's in `swiglu_grad`.
+        assert not replaces or record[2] <= (128 if 16 < rank <= schedule.FUSED_RANKS else schedule.WALK_ROWS)
+        yield Part(rows_of(record), slice(low, high), columns, place, rank, scale, int(record[8]), key, replaces)
 
 
 def members_of(offsets: Tensor) -> int:
@@ -111,7 +120,7 @@ def grad_factor(
         for part in parts(record, offsets, second, stride):
             inputs = part.masked(x[part.rows].float(), token_index, key, use_dropout)
             product = hidden[part.rows, part.columns].float().T @ inputs
-            part.factor(grad, x.shape[1]).add_(product * (part.scale if use_scale else 1))
+            part.take_grad(grad, product * (part.scale if use_scale else 1))
 
 
 def grad_hidden(
@@ -127,8 +136,7 @@ def grad_hidden(
                 dout = dy[part.rows].float()
                 made = dout @ part.factor(factors, dy.shape[1]).float().T * part.scale
                 dlow[part.rows, part.columns] = made.to(dlow.dtype)
-                product = low[part.rows, part.columns].float().T @ dout
-                part.factor(grad, dy.shape[1]).add_(product * part.scale)
+                part.take_grad(grad, low[part.rows, part.columns].float().T @ dout * part.scale)
 
 
 def _added(base, hidden, factors, record, offsets, second, columns, use_scale):

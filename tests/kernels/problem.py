@@ -10,7 +10,7 @@ import torch
 from plora.kernels import cuda, reference
 from plora.kernels.dropout import combine, threshold
 from plora.kernels.reference import ABSENT, Tables
-from plora.kernels.schedule import DeviceTables, Work
+from plora.kernels.schedule import DeviceTables, Work, one_piece
 
 GAP = 64  # elements of NaN between factors: reading beyond one shows
 STANDARD_MIX = [8] * 16 + [16] * 8 + [32] * 4 + [64] * 2 + [128] * 2
@@ -57,7 +57,8 @@ class Results:
 class Problem:
     """A group of modules of ``d`` inputs and ``n`` outputs each, with adapters of ``ranks`` on ``counts`` rows.
 
-    ``absent``: slots of no member; ``missing``: pairs of a slot and a member.
+    ``absent``: slots of no member; ``missing``: pairs of a slot and a member. ``replaces``: whether the gradients that
+    one piece makes are written, over what was there, rather than added to.
     """
 
     d: int
@@ -68,6 +69,7 @@ class Problem:
     dropout: Sequence[float] = ()
     absent: frozenset[int] = frozenset()
     missing: frozenset[tuple[int, int]] = frozenset()
+    replaces: bool = False
     seed: int = 0
     device: str = "cuda"
     tables: Tables = field(init=False)
@@ -84,7 +86,11 @@ class Problem:
         self.ys, self.dys = ([self.random(rows, n) for n in self.widths] for _ in range(2))
         self.grad = torch.randn(self.weight.numel(), device=self.device, generator=self.generator)
         self.device_tables = DeviceTables(torch.device(self.device))
-        self.device_tables.update(self.tables)
+        replaced = one_piece(self.tables).nonzero()[0].tolist() if self.replaces else []
+        self.device_tables.update(self.tables, replaced=replaced)
+        self.replaced = [span for slot in replaced for span in self._spans(slot)]
+        for span in self.replaced:
+            self.grad[span] = 0  # what is compared is the difference
         self.work = Work(*self.device_tables.as_list())
         self.device_offsets = self.offsets.to(self.device)
 
@@ -119,6 +125,22 @@ class Problem:
         for start, numel, std in spans:
             self.weight[start : start + numel] = self.random(numel) * std
 
+    def _spans(self, slot: int) -> list[slice]:
+        """Where the slot's factors lie in the arena."""
+        sides = ((slot, [self.d] * self.members), (len(self.ranks) + slot, self.widths))
+        starts = [
+            (int(self.offsets[member, column]), width)
+            for column, widths in sides
+            for member, width in enumerate(widths)
+        ]
+        return [slice(start, start + self.ranks[slot] * width) for start, width in starts if start != ABSENT]
+
+    def _initial_grad(self) -> torch.Tensor:
+        grad = self.grad.clone()
+        for span in self.replaced:
+            grad[span] = float("nan")
+        return grad
+
     def reference(self, dtype: torch.dtype) -> Results:
         """In plain torch, computed in ``dtype``."""
         x, weight = self.x.to(dtype), self.weight.to(dtype)
@@ -135,7 +157,7 @@ class Problem:
 
     def cuda(self, form: str = "one pass") -> Results:
         """On the kernels, all outputs poisoned before; ``form`` is how dh and dB are made, see ``FORMS``."""
-        nan, index, weight, work, grad = float("nan"), self.token_index, self.weight, self.work, self.grad.clone()
+        nan, index, weight, work, grad = float("nan"), self.token_index, self.weight, self.work, self._initial_grad()
         hidden = self.random(self.rows, self.members * self.columns).fill_(nan)
         dhidden, outs, dx = hidden.clone(), [torch.full_like(y, nan) for y in self.ys], torch.full_like(self.x, nan)
         long = form == "long walks"

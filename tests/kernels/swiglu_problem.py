@@ -9,7 +9,7 @@ import torch
 
 from plora.kernels import cuda_swiglu, reference, swiglu
 from plora.kernels.reference import ABSENT, Tables
-from plora.kernels.schedule import DeviceTables, Work
+from plora.kernels.schedule import DeviceTables, Work, one_piece
 from tests.kernels.problem import GAP, INPUT_KEY, packed_tables
 
 # All in few passes; put together from the passes of single linears, as where there is dropout.
@@ -30,7 +30,10 @@ class Results:
 
 @dataclass
 class SwigluProblem:
-    """``width`` features, adapters of ``ranks`` on ``counts`` rows; ``missing``: a slot and 0 gate, 1 up or 2 down."""
+    """``width`` features, adapters of ``ranks`` on ``counts`` rows; ``missing``: a slot and 0 gate, 1 up or 2 down.
+
+    ``replaces``: as of ``Problem``.
+    """
 
     width: int
     ranks: Sequence[int]
@@ -38,6 +41,7 @@ class SwigluProblem:
     base_rows: int = 0
     dropout: Sequence[float] = ()
     missing: frozenset[tuple[int, int]] = frozenset()
+    replaces: bool = False
     seed: int = 0
     device: str = "cuda"
     tables: Tables = field(init=False)
@@ -52,7 +56,12 @@ class SwigluProblem:
         self.hidden, self.dhidden_down = self._hidden(2), self._hidden(1)
         self.grad = torch.randn(self.weight.numel(), device=self.device, generator=self.generator)
         self.device_tables = DeviceTables(torch.device(self.device))
-        self.device_tables.update(self.tables)
+        replaced = one_piece(self.tables).nonzero()[0].tolist() if self.replaces else []
+        self.device_tables.update(self.tables, replaced=replaced)
+        pairs = ((slot, member) for slot in replaced for member in range(3))
+        self.replaced = [self.span(*pair) for pair in pairs if pair not in self.missing]
+        for span in self.replaced:
+            self.grad[span] = 0  # what is compared is the difference
         self.work = Work(*self.device_tables.as_list())
         self.device_offsets = self.offsets.to(self.device)
 
@@ -118,12 +127,10 @@ class SwigluProblem:
 
     def cuda(self, form: str = "fused") -> Results:
         """On the kernels; the outputs of the fused ones poisoned before."""
-        offsets, down, index, grad = (
-            self.device_offsets[:2],
-            self.device_offsets[2:],
-            self.token_index,
-            self.grad.clone(),
-        )
+        offsets, down = self.device_offsets[:2], self.device_offsets[2:]
+        index, grad = self.token_index, self.grad.clone()
+        for span in self.replaced:
+            grad[span] = float("nan")
         inputs = (self.gate, self.up, self.hidden, self.weight)
         if form == "composed":
             act, hidden_down = cuda_swiglu.lora_swiglu(

@@ -93,8 +93,7 @@ def test_against_float64(state: str) -> None:
                 _check_part(problem, update, held, own[span], weight, span, blocks, lr, t)
         edges = (slice(0, MARGIN), slice(-MARGIN, None))
         assert all(torch.equal(problem.weight[e].double(), weight[e]) for e in edges)
-        assert all(torch.equal(problem.grad[e].double(), grad[e]) for e in edges)
-        assert not problem.grad[MARGIN:-MARGIN].any()
+        assert torch.equal(problem.grad.double(), grad)
         assert torch.equal(problem.shadow[MARGIN:-MARGIN], problem.weight[MARGIN:-MARGIN].bfloat16())
         assert (problem.shadow[:MARGIN] == 9).all()
 
@@ -144,7 +143,6 @@ def test_what_is_not_finite_is_skipped_bit_for_bit(state: str) -> None:
     outcome = problem.step()
     assert outcome[1].tolist() == [0, 0, 1, 0, 1, 0]
     assert problem.steps.tolist() == [0, 3, 2, 3, 2, 3]
-    assert not problem.grad[MARGIN:-MARGIN].any()
     for update, held in zip(problem.updates, before, strict=True):
         span = slice(update.start, update.start + update.numel)
         is_skipped = update.slot in (2, 4)

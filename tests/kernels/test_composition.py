@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,11 @@ def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(module, "kernels", lambda: emulator.module(request.param))
 
 
-def through_ops(problem: Problem) -> list[torch.Tensor]:
+def through_ops(problem: Problem, replaced: Collection[int] = ()) -> list[torch.Tensor]:
     """The operators of a gated MLP, forward and backward, as the layers call them where the kernels run."""
     tables, index = problem.tables, problem.index
     device_tables = DeviceTables(torch.device("cpu"))
-    device_tables.update(tables)
+    device_tables.update(tables, replaced=replaced)
     both, last = problem.offsets[:2], problem.offsets[2:]
     x, gate, up, dact, weight = (
         t.bfloat16() for t in (problem.x, problem.gate, problem.up, problem.dact, problem.weight)
@@ -70,6 +71,20 @@ def test_equals_the_reference(dropout: bool, deterministic: bool) -> None:
     exact, plain = (problem.run(reference, dtype) for dtype in (torch.float32, torch.bfloat16))
     for mine, one, other in zip(ours, exact, plain, strict=True):
         assert (mine - one).norm() <= 2 * (other - one).norm() + 1e-6
+
+
+@pytest.mark.usefixtures("_emulated")
+def test_gradients_are_replaced_where_that_was_asked_for() -> None:
+    problem, replaced = Problem(False), (0, 3, 5)
+    *_, sums = through_ops(problem)
+    added = sums - problem.grad
+    taken = torch.zeros(len(sums), dtype=torch.bool)
+    for slot, span in problem.places:
+        taken[span] = slot in replaced
+    taken &= added != 0  # the last linear's B has no part in this
+    problem.grad[taken] = torch.nan
+    *_, got = through_ops(problem, replaced)
+    torch.testing.assert_close(got, added.where(taken, sums), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("on_kernels", [False, True])

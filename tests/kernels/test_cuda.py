@@ -63,10 +63,11 @@ def assert_close_as_bf16(got: torch.Tensor, plain: torch.Tensor, truth: torch.Te
     assert mine <= 2 * theirs + 1e-6, f"{what}: error {mine:.2e}, plain torch's {theirs:.2e}"
 
 
+@pytest.mark.parametrize("replaces", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_against_float64(case, form):
-    problem = Problem(**CASES[case])
+def test_against_float64(case, form, replaces):
+    problem = Problem(**CASES[case], replaces=replaces)
     truth, plain, got = problem.reference(torch.float64), problem.reference(torch.bfloat16), problem.cuda(form)
     rows, base = problem.tables.rows.tolist(), int(problem.tables.rows[-2])
     for slot in range(len(problem.ranks)):

@@ -13,7 +13,10 @@ COUNTS, RANKS, BASE_ROWS, R = [5, 0, 1, 70, 8, 9], [3, 4, 16, 40, 1, 7], 3, 48
 
 
 class Problem:
-    """Two linears of one input and one after them, in float32; the grouped products get it in bf16."""
+    """Two linears of one input and one after them, in float32; the grouped products get it in bf16.
+
+    ``places``: the slot of each adapter's factors in a linear, and where they lie.
+    """
 
     def __init__(self, dropout: bool) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -23,7 +26,7 @@ class Problem:
         self.tables.scale[:] = torch.linspace(0.5, 2, len(RANKS))
         if dropout:
             self.tables.limit[2:4], self.tables.key[2:4] = threshold(0.4), torch.tensor([5, 6])
-        at = 0
+        at, places = 0, []
         self.offsets = torch.full((3, 2 * len(RANKS) + 1), ABSENT)
         self.offsets[:, -1] = torch.tensor([combine(1), combine(1), combine(2)])
         for module, (d, n) in enumerate([(32, 24), (32, 24), (24, 40)]):
@@ -31,6 +34,7 @@ class Problem:
                 if (module, slot) in ((1, 3), (2, 0), (0, 5)):
                     continue
                 self.offsets[module, slot], self.offsets[module, len(RANKS) + slot] = at, at + rank * d
+                places.append((slot, slice(at, at + rank * (d + n))))
                 at += rank * (d + n)
         rows = sum(COUNTS) + BASE_ROWS
 
@@ -38,6 +42,7 @@ class Problem:
             return torch.randn(*shape, generator=generator).bfloat16().float()
 
         self.weight, self.grad = random(at) * 0.25, random(at)
+        self.places = places
         self.x, self.gate, self.up, self.dact = (random(rows, w) for w in (32, 24, 24, 24))
         self.index = torch.arange(rows, dtype=torch.int32)
 

@@ -19,9 +19,11 @@ from plora.kernels.schedule import (
     TILE_RANKS,
     TILE_ROWS,
     WALK_RANKS,
+    WALK_ROWS,
     Counts,
     DeviceTables,
     Work,
+    one_piece,
     pieces,
 )
 
@@ -194,6 +196,30 @@ def used(work, which, members):
     first, count, *_ = getattr(work, f"{which}_of")(members)
     records = getattr(work, which)[first : first + count]
     return records[records[:, 2] > 0]
+
+
+def test_one_piece_is_all_there_is_in_every_list():
+    ranks = [1, 16, 16, 17, 17, 32, 33, 33, 256, 8]
+    counts = [WALK_ROWS, WALK_ROWS, WALK_ROWS + 1, 128, 129, 1, WALK_ROWS, WALK_ROWS + 1, WALK_ROWS, 0]
+    made = tables(ranks, counts)
+    assert one_piece(made).tolist() == [True, True, False, True, False, True, True, False, True, False]
+    for rows_each, ranks_each in ((RUN_ROWS, RUN_RANKS), (WALK_ROWS, WALK_RANKS)):
+        records = pieces(made, rows_each, ranks_each, with_base=False, members=2).records
+        for slot in one_piece(made).nonzero()[0]:
+            first_ranks = records[records[:, 0] == slot, 3]
+            assert len(first_ranks) == len(set(first_ranks))
+
+
+def test_only_pieces_of_replaced_slots_replace():
+    device = DeviceTables(torch.device("cpu"))
+    device.update(tables(), replaced=[0, 5])
+    work = Work(*device.as_list())
+    for table in (work.runs, work.walks):
+        used = table[table[:, 2] > 0]
+        assert torch.equal(used[:, 12] > 0, torch.isin(used[:, 0], torch.tensor([0, 5])))
+    assert not work.tiles[:, 12].any()
+    device.update(tables())
+    assert not work.runs[:, 12].any()
 
 
 def test_no_rows():

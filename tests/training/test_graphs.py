@@ -67,6 +67,27 @@ def test_padding_changes_neither_loss_nor_gradient(base: BaseModel, labelled: fl
     torch.testing.assert_close(packed.arena.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_rounds_gradients_take_the_place_of_what_was_there(base: BaseModel, padded: bool) -> None:
+    packed, each = packed_on(base), batches()
+    steps = dict.fromkeys(each, 3)
+    graphs = MicrobatchGraphs(base, packed, 1000) if padded else None
+    _, count = batch_gradients(base, packed, each, steps, 60, graphs=graphs)
+    assert count == 2
+    expected = packed.arena.grad.clone()
+    untouched = packed.adapters[1].range  # of no batch
+    packed.arena.grad.fill_(torch.nan)
+    packed.arena.grad[untouched] = 7.0
+    batch_gradients(base, packed, each, steps, 60, graphs=graphs)
+    for slot in each:
+        for found, right in zip(
+            *(sum(packed.adapters[slot].factors(flat).values(), ()) for flat in (packed.arena.grad, expected)),
+            strict=True,
+        ):
+            assert torch.equal(found, right)
+    assert (packed.arena.grad[untouched] == 7.0).all()
+
+
 def test_a_diverged_adapter_harms_no_other_through_the_padding(base: BaseModel) -> None:
     packed, each = packed_on(base), batches(0.2)
     with torch.no_grad():

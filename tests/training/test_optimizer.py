@@ -122,7 +122,6 @@ def test_skip_leaves_weights_moments_and_count_bit_for_bit_and_others_go_on(
             assert torch.equal(pack.arena.weight[pack.adapters[0].range], before[0])
             assert all(torch.equal(now, before[1][name]) for name, now in optimizer.state(0).items())
             assert optimizer.state(1)["step"] == 3
-        assert not pack.arena.grad.any()
         return pack.arena.weight.clone(), optimizer.state(1), optimizer.state(2)
 
     torch.manual_seed(0)
@@ -229,60 +228,6 @@ def test_norm_of_many_elements_is_exact() -> None:
     assert _norm(flat).item() == pytest.approx(flat.double().norm().item(), rel=1e-6)
     assert _norm(flat[:5]).item() == pytest.approx(flat[:5].double().norm().item(), rel=1e-6)
     assert _norm(flat[:0]) == 0
-
-
-@pytest.mark.parametrize("state", OPTIMIZER_STATES)
-def test_a_step_leaves_its_gradients_zero_and_the_others_as_they_are(packed: PackedAdapters, state: str) -> None:
-    optimizer = _optimizer(packed, state)
-    for slot in range(3):
-        _fill_gradients(packed, slot, 0)
-    before = packed.arena.grad.clone()
-    losses = torch.zeros(packed.capacity)
-    losses[2] = float("inf")
-    optimizer.step({0: (1e-2, 1e-2), 2: (1e-2, 1e-2)}, losses)
-    assert not packed.arena.grad[packed.adapters[0].range].any()
-    assert not packed.arena.grad[packed.adapters[2].range].any()
-    span = packed.adapters[1].range
-    assert torch.equal(packed.arena.grad[span], before[span])
-
-
-def test_gradients_are_zeroed_only_where_the_step_did_not(
-    packed: PackedAdapters, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    optimizer = _optimizer(packed)
-    zeroed = []
-    original = packed.zero_grad_
-    monkeypatch.setattr(packed, "zero_grad_", lambda: (zeroed.append(1), original())[1])
-
-    def begins_at_zero(times: int) -> None:
-        optimizer.zero_grad_()
-        assert not packed.arena.grad.any()
-        assert len(zeroed) == times
-        for slot in packed.slots:
-            _fill_gradients(packed, slot, 0)
-
-    losses, everyone = torch.zeros(packed.capacity), {slot: (1e-2, 1e-2) for slot in range(3)}
-    begins_at_zero(1)
-    optimizer.step(everyone, losses)
-    begins_at_zero(1)
-    begins_at_zero(2)  # a round that was given up and begins anew
-    optimizer.step({0: (1e-2, 1e-2)}, losses)
-    begins_at_zero(3)  # a step of some
-    optimizer.step({}, losses)
-    begins_at_zero(4)
-    optimizer.step(everyone, losses)
-    optimizer.remove(1)
-    packed.remove(1)
-    packed.add(AdapterConfig(rank=8))
-    begins_at_zero(4)
-
-
-def test_a_job_zeroes_gradients_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    zeroed = []
-    monkeypatch.setattr(PackedAdapters, "zero_grad_", lambda packed: (zeroed.append(1), packed.arena.grad.zero_())[1])
-    trials, tasks = toy.mixed_trials(steps=4)
-    toy.train(base, trials, tasks)
-    assert len(zeroed) == 1
 
 
 class Wide(nn.Module):
