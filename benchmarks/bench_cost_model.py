@@ -10,9 +10,9 @@ that fit into the memory of the calibration's are put in its place, as a job exc
 compiled anew; the peaks predicted are then those of the larger pack. In between some of the rounds calibrated with are
 measured again: no model can be closer than the machine is to itself.
 
-A CPU that other machines share is slower by a tenth or a half, for a second or for minutes. There a small product
-between the layers, always the same, tells its pace in the midst of each round, and rounds are measured when it is
-fastest: the models are judged, not the neighbours. How far runs were from the usual pace is shown as the machine's.
+A CPU that other machines share is slower by a tenth or a half, for seconds or minutes at a time. There seconds are
+those of a steady pace, see `steady.py`: the models are judged, not the neighbours. How far runs were from the usual
+pace is shown as the machine's.
 
 An interrupt (Ctrl-C, ``timeout -s INT``) ends it after the round at hand, with the figures so far.
 """
@@ -34,7 +34,6 @@ import torch
 from plora.engine.calibration import labels_of_largest, peak_samples, run_rounds, samples
 from plora.engine.costs import CostModels
 from plora.models import from_config
-from plora.models.base import BaseModel
 from plora.profiler import CalibrationRound, MemoryModel, Profile, StepCost, calibration_rounds, fit_profile
 from plora.profiler.calibration import Calibration
 from plora.profiler.memory import GIB
@@ -43,6 +42,7 @@ from plora.training.loss import can_compile, chunk_rows
 from plora.training.peaks import PeakMemory
 from plora.training.probe import MeasuredRound, PackProbe
 from records import Records
+from steady import SteadyProbe, Yardstick
 
 # The mixes of ranks, and the tokens of a full microbatch: smaller where there is no GPU.
 MIXES = {
@@ -53,8 +53,6 @@ TOKENS = {"cuda": (96, 700, 1500, 3000, 6000, 8000, 12000), "cpu": (24, 48, 96, 
 LENGTHS = {"cuda": (48, 100, 250, 600, 1024), "cpu": (16, 30, 60, 110)}
 # Rounds calibrated with that are measured again.
 AGAIN = 4
-# On a CPU a round is measured until its pace is within this factor of the fastest, but at most so many times.
-CALM, MOST_RUNS = 1.05, 12
 FULL = {"cuda": 8192, "cpu": 256}
 
 
@@ -91,56 +89,6 @@ def packs(ranks: Sequence[int], kind: str, token_budget: int, seed: int) -> list
             left -= length
         made.append(Pack(tuple(ranks), tuple(map(tuple, lengths)), token_budget, draw.choice((1.0, 1.0, 0.5, 0.25))))
     return made
-
-
-class Yardstick:
-    """Tells a CPU's pace while a model runs, by a small product before and after each layer.
-
-    Args:
-        base: the model; it is timed from here on.
-    """
-
-    def __init__(self, base: BaseModel) -> None:
-        self._left, self._right = torch.randn(64, 576), torch.randn(576, 1536)
-        self._seconds: list[float] = []
-        self.paces: list[float] = []
-        for layer in base.layers:
-            layer.register_forward_hook(lambda *_: self._measure())
-            layer.register_full_backward_hook(lambda *_: self._measure())
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self._seconds.clear()
-
-    def read(self) -> tuple[float, float]:
-        """Of the second of two equal runs since `clear`: a product's mean seconds, and what all of them took."""
-        own = self._seconds[len(self._seconds) // 2 :]
-        self.paces.append(sum(own) / len(own))
-        return self.paces[-1], sum(own)
-
-    def _measure(self) -> None:
-        began = time.perf_counter()
-        for _ in range(2):
-            self._left @ self._right
-        self._seconds.append(time.perf_counter() - began)
-
-
-class CalmProbe(PackProbe):
-    """A probe on a CPU that measures each round when the CPU is left alone, which others only ever slow down."""
-
-    yardstick: Yardstick
-
-    def round(
-        self, lengths: Sequence[Sequence[int]], token_budget: int, *, labelled: float = 1.0, repeats: int = 3
-    ) -> MeasuredRound:
-        """As of the base class: the run at the fastest pace, of at least so many and until one is fast enough."""
-        runs: list[tuple[float, float]] = []
-        while len(runs) < repeats or (len(runs) < MOST_RUNS and min(runs)[0] > CALM * min(self.yardstick.paces)):
-            self.yardstick.clear()
-            found = super().round(lengths, token_budget, labelled=labelled, repeats=1)
-            pace, own = self.yardstick.read()
-            runs.append((pace, found.seconds - own))
-        return replace(found, seconds=min(runs)[1])
 
 
 class Interrupt:
@@ -274,7 +222,7 @@ def measure_model(
     def probe_of(ranks: Sequence[int]) -> PackProbe:
         if yardstick is None:
             return PackProbe(base, ranks, peaks, graph_tokens=most_tokens)
-        probe = CalmProbe(base, ranks, peaks, graph_tokens=most_tokens)
+        probe = SteadyProbe(base, ranks, peaks, graph_tokens=most_tokens)
         probe.yardstick = yardstick
         return probe
 

@@ -193,7 +193,7 @@ def test_the_errors_on_a_gpu_are_the_stored_ones() -> None:
     }
     section = " ".join(README.partition("## What the planner decides")[2].partition("\n## ")[0].split())
     seven, half = (
-        [errors[f"qwen2.5-{size}-instruct", f"{what} error", metric] for what, metric in SHOWN]
+        [errors[f"qwen2.5-{size}", f"{what} error", metric] for what, metric in SHOWN]
         for size in ("7b", "0.5b")
     )
     assert (
