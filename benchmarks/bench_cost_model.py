@@ -44,16 +44,17 @@ from plora.training.probe import MeasuredRound, PackProbe
 from records import Records
 from steady import SteadyProbe, Yardstick
 
-# The mixes of ranks, and the tokens of a full microbatch: smaller where there is no GPU.
+# The mixes of ranks: smaller where there is no GPU.
 MIXES = {
     "cuda": ([16], [4] * 8, [32] * 6 + [64] * 2, [8] * 16 + [16] * 8 + [32] * 4 + [64] * 2 + [128] * 2),
     "cpu": ([16], [4] * 6, [32, 8], [8, 8, 16, 16, 4]),
 }
 TOKENS = {"cuda": (96, 700, 1500, 3000, 6000, 8000, 12000), "cpu": (24, 48, 96, 150, 220, 400)}
 LENGTHS = {"cuda": (48, 100, 250, 600, 1024), "cpu": (16, 30, 60, 110)}
+# Tokens of a full microbatch, at most; never more than those calibrated with have.
+FULL = 8192
 # Rounds calibrated with that are measured again.
 AGAIN = 4
-FULL = {"cuda": 8192, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def measure_model(
         return sum(memory.adapter_bytes(rank) for rank in ranks)
 
     def packs_of(ranks: Sequence[int], held: Sequence[int]) -> list[Pack]:
-        budget = FULL[device.type]
+        budget = min(FULL, chosen.rounds[0].token_budget)
         while budget > 256 and memory.parts_from_bytes(state(held), budget, max(held)).total > free:
             budget //= 2
         return packs(ranks, device.type, budget, seed=len(ranks))
