@@ -32,7 +32,7 @@ from plora.training.probe import MeasuredRound, PackProbe
 log = logging.getLogger(__name__)
 
 # Rounds stop being added after so many seconds.
-_MOST_SECONDS = {"cuda": 75.0, "cpu": 10.0}
+_MOST_SECONDS = 75.0
 # Measuring pays where the sweep takes this many times as long.
 PAYS = 20.0
 # What packing, evaluating and saving add to the rounds.
@@ -154,7 +154,7 @@ def measure(
         most_seconds: rounds stop being added after these; None for what suits the device.
     """
     began = time.perf_counter()
-    most_seconds = _MOST_SECONDS[base.device.type] if most_seconds is None else most_seconds
+    most_seconds = _MOST_SECONDS if most_seconds is None else most_seconds
     with PackProbe(base, ranks, peaks, optimizer_state, graph_tokens) as probe:
         found = run_rounds(probe, rounds, _REPEATS[base.device.type], most_seconds)
         in_time = time.perf_counter() - began <= most_seconds
