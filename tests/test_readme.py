@@ -193,8 +193,7 @@ def test_the_errors_on_a_gpu_are_the_stored_ones() -> None:
     }
     section = " ".join(README.partition("## What the planner decides")[2].partition("\n## ")[0].split())
     seven, half = (
-        [errors[f"qwen2.5-{size}", f"{what} error", metric] for what, metric in SHOWN]
-        for size in ("7b", "0.5b")
+        [errors[f"qwen2.5-{size}", f"{what} error", metric] for what, metric in SHOWN] for size in ("7b", "0.5b")
     )
     assert (
         f"for Qwen2.5-7B the peak of memory is off by {seven[0]} in the median and {seven[1]} at most, step times by "
