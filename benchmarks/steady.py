@@ -36,7 +36,7 @@ class Yardstick:
         self._few_tokens = self._tokens[:4]
         self._weights = itertools.cycle([torch.randn(576, 8 * 1536) for _ in range(6)])
         self._seconds: list[tuple[float, float]] = []
-        self._usual = 0.0
+        self._first = 0.0
         self.paces: list[float] = []
         for layer in base.layers:
             layer.register_forward_hook(lambda *_: self._measure())
@@ -55,8 +55,8 @@ class Yardstick:
         """Seconds of the second of two equal runs since `clear`, as they had been at the first round's pace."""
         own = np.array(self._seconds[len(self._seconds) // 2 :])
         pace = float(np.sqrt(own.mean(0).prod()))
-        self._usual = self._usual or pace
-        self.paces.append(pace / self._usual)
+        self._first = self._first or pace
+        self.paces.append(pace / self._first)
         return (seconds - float(own.sum())) / self.paces[-1]
 
     def _measure(self) -> None:

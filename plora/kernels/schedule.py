@@ -62,8 +62,9 @@ class PieceList:
 def one_piece(tables: Tables) -> np.ndarray:
     """Whether one piece makes all that a microbatch adds to an element of each adapter's gradients, bool ``[K]``.
 
-    Then the kernels can write these gradients, instead of adding to what must be zero first. (``swiglu_grad`` holds the
-    sums of a whole walk where ranks are few, of half a walk where they are more, and none where they are many.)
+    Then the kernels can write these gradients, instead of adding to what must be zero first. (``fused_rows`` in
+    csrc/swiglu_grad.cuh says what is asked of ranks: it holds the sums of a whole walk where they are few, of half a
+    walk where they are more, and none where they are many.)
     """
     ranks, lengths = tables.rank.numpy(), np.diff(tables.rows.numpy())[:-1]
     most = np.where((ranks <= CHUNK) | (ranks > FUSED_RANKS), WALK_ROWS, WALK_ROWS // 2)

@@ -316,6 +316,8 @@ class PackedAdapters(nn.Module):
 
     def _zero_grad_unless_written(self, slots: Collection[int]) -> list[int]:
         """Those of the slots whose gradients the kernels will write whole; zero those of the others."""
+        if not slots:  # as in every pass that has no backward
+            return []
         alone, adapters = one_piece(self._shared.tables), self.adapters
         written = [slot for slot in slots if self._shared.device_tables is not None and alone[slot]]
         for slot in set(slots).difference(written):
